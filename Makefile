@@ -1,0 +1,28 @@
+# Each target does its own set-up; a second call finds it done.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint clean
+
+# Paint the configs/demo.yaml landscape: one rank a GPU, or two ranks on the CPU.
+demo: $(READY)
+	ranks=$$($(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)"); \
+	$(BIN)/torchrun --nproc_per_node $$ranks -m engine.generate --config configs/demo.yaml
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/pre-commit run --all-files --show-diff-on-failure
+
+# torch first and by its exact version, so that no other package's range chooses another build.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis outputs
