@@ -1,0 +1,31 @@
+"""Bands: how a network runs on some rows of a picture and still sees all of it.
+
+A latent of H rows is cut into bands of rows, one per rank. A convolution needs a few rows of its
+neighbours, a group norm three sums, linear attention one small matrix; nothing else looks further.
+
+    mesh.py      the processes: device, group, time-outs, agreeing on errors
+    rows.py      which rows belong to whom, how many halo rows a convolution needs
+    exchange.py  what travels between ranks, and a count of it; one class per synchronisation mode
+    context.py   the ambient bands: layers ask for the current exchange, and find none outside
+    layers.py    convolution, group norm, down-sampling and softmax attention over bands
+"""
+
+from engine.bands.context import banded, current_exchange, sum_over_bands
+from engine.bands.exchange import ExactExchange, Exchange, Traffic
+from engine.bands.mesh import Mesh, is_first_process, open_mesh
+from engine.bands.rows import max_bands, scale_rows, split_rows
+
+__all__ = [
+    "ExactExchange",
+    "Exchange",
+    "Mesh",
+    "Traffic",
+    "banded",
+    "current_exchange",
+    "is_first_process",
+    "max_bands",
+    "open_mesh",
+    "scale_rows",
+    "split_rows",
+    "sum_over_bands",
+]

@@ -1,0 +1,158 @@
+"""The layers that look beyond their own rows, each a subclass with the plain layer's constructor.
+
+`engine.distribute` swaps the class of a network's layers in place (`layer.__class__ = BandConv2d`):
+names, weights, hooks and state-dict keys stay as they were, and a LoRA library that builds
+`type(layer)(...)` builds banded layers too. Outside of `banded(...)` each is the plain layer.
+"""
+
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.bands.context import current_exchange
+from engine.bands.exchange import Exchange
+from engine.bands.rows import halo_rows
+
+
+class BandConv2d(nn.Conv2d):
+    """A convolution that takes the rows next to its band from the neighbours (one round)."""
+
+    traffic_kind = "convolution"
+
+    def halo_rows(self) -> tuple[int, int]:
+        """Rows needed (above, below) a band; see `engine.bands.rows.halo_rows`."""
+        assert not isinstance(self.padding, str), "padding is given in pixels throughout diffusers"
+        return halo_rows(self.kernel_size[0], self.stride[0], self.padding[0], self.dilation[0])
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """[B, C, h, W] -> [B, C', h / stride, W / stride]
+
+        Overridden rather than `forward`, which accelerate's offload hooks replace on the instance.
+        """
+        exchange = current_exchange()
+        if exchange is None or self.halo_rows() == (0, 0):
+            return super()._conv_forward(input, weight, bias)
+        extended = self._with_halo(exchange, input)
+        padding = (0, int(self.padding[1]))
+        return F.conv2d(extended, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def _with_halo(self, exchange: Exchange, x: Tensor) -> Tensor:
+        """`x` between its neighbours' rows, or the convolution's zeros at the picture's edges."""
+        above, below = self.halo_rows()
+        over, under = exchange.halo(self, x, above, below)
+        batch, channels, _, width = x.shape
+        zeros = x.new_zeros(batch, channels, int(self.padding[0]), width)
+        return torch.cat([zeros if over is None else over, x, zeros if under is None else under], 2)
+
+
+class BandDownsample2D(Downsample2D):  # type: ignore[misc]
+    """The VAE encoder's down-sampling, which pads (0, 1, 0, 1) outside of its convolution.
+
+    The zero row under the picture belongs to the last band only; the others get their neighbour's
+    row there from the convolution itself, which has no padding of its own.
+    """
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """[B, C, h, W] -> [B, C', h / 2, W / 2]"""
+        exchange = current_exchange()
+        if exchange is None or not (self.use_conv and self.padding == 0):
+            return super().forward(hidden_states, *args, **kwargs)
+        if self.norm is not None:
+            hidden_states = self.norm(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.conv(F.pad(hidden_states, (0, 1, 0, int(exchange.is_bottom))))
+
+
+class BandGroupNorm(nn.GroupNorm):
+    """A group norm over all bands: one all-reduce of [count, sum, sum of squares] per group.
+
+    The local mean and variance are taken in fp32 in two passes, and only their recombination, a
+    few numbers per group, goes through a sum of squares, in fp64, where the cancellation of
+    E[x^2] - E[x]^2 does no harm. fp16 activations never get squared in fp16.
+    """
+
+    traffic_kind = "group norm"
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, ...] -> the same; the dimensions behind C are this band's share of the picture."""
+        exchange = current_exchange()
+        if exchange is None:
+            return super().forward(input)
+        mean, variance = self._global_statistics(exchange, input)
+        return self._normalise(input, mean, variance)
+
+    def _global_statistics(self, exchange: Exchange, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance [B, groups] over all bands, in the dtype to normalise in."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        groups = x.reshape(x.shape[0], self.num_groups, -1)
+        variance, mean = torch.var_mean(groups.to(dtype), dim=-1, correction=0)
+        mean, variance = mean.double(), variance.double()
+        count = torch.full_like(mean, groups.shape[-1])
+        moments = torch.stack([count, count * mean, count * (variance + mean**2)])
+        count, total, squares = exchange.sum(self, moments)
+        mean = total / count
+        variance = (squares / count - mean**2).clamp_(min=0)
+        return mean.to(dtype), variance.to(dtype)
+
+    def _normalise(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        """(x - mean) / sqrt(variance + eps) * weight + bias, as a batch norm of B * C channels.
+
+        That is the one fused kernel which takes statistics from outside.
+        """
+        batch, channels = x.shape[:2]
+        per_channel = channels // self.num_groups
+        normalised = F.batch_norm(
+            x.reshape(1, batch * channels, -1),
+            mean.flatten().repeat_interleave(per_channel),
+            variance.flatten().repeat_interleave(per_channel),
+            None if self.weight is None else self.weight.to(mean.dtype).repeat(batch),
+            None if self.bias is None else self.bias.to(mean.dtype).repeat(batch),
+            eps=self.eps,
+        )
+        return normalised.view(x.shape)
+
+
+class BandSelfAttention(Attention):  # type: ignore[misc]
+    """Softmax self-attention: this band's queries against the keys and values of all bands.
+
+    For networks without LinFusion modules and for the VAE's mid-block. The gathered keys and values
+    grow with the picture; that is what linear attention is there to avoid.
+    """
+
+    traffic_kind = "softmax attention"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: object,
+    ) -> Tensor:
+        """[B, n, C] or [B, C, h, W] -> the same."""
+        exchange = current_exchange()
+        if exchange is None or encoder_hidden_states is not None:
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        assert attention_mask is None, "no diffusers UNet masks its self-attention"
+        tokens = (
+            hidden_states.flatten(2).transpose(1, 2) if hidden_states.ndim == 4 else hidden_states
+        )
+        mixed = self._attend(exchange, tokens)
+        if hidden_states.ndim == 4:
+            mixed = mixed.transpose(1, 2).reshape(hidden_states.shape)
+        if self.residual_connection:
+            mixed = mixed + hidden_states
+        return mixed / self.rescale_output_factor
+
+    def _attend(self, exchange: Exchange, tokens: Tensor) -> Tensor:
+        """[B, n, C] -> [B, n, C], as diffusers' AttnProcessor2_0 but with everybody's keys."""
+        if self.group_norm is not None:
+            tokens = self.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
+        query, key, value = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
+        both = exchange.gather(self, torch.cat([key, value], dim=-1), dim=1)
+        key, value = both.tensor_split([key.shape[-1]], dim=-1)
+        query, key, value = (
+            x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key, value)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value).to(query.dtype)
+        return self.to_out[0](mixed.transpose(1, 2).flatten(2))

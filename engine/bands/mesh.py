@@ -1,0 +1,151 @@
+"""The processes that paint one picture: their device, their group, their time-outs.
+
+`torchrun` tells each process its place in the environment; this is the only file that reads it.
+Collectives go over NCCL where every rank has a GPU of its own, over gloo on CPUs, and every one of
+them has a time-out: a rank that is gone ends the job, it does not hang it.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Self, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from engine.config import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """One rank's view of all ranks. `group` is None in a world of one, where nobody communicates.
+
+    Attributes:
+        rank, size: this rank's place among the bands, top to bottom.
+        device: where this rank computes.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    group: dist.ProcessGroup | None
+
+    def global_rank(self, rank: int) -> int:
+        """The rank in the whole job of band `rank`, as `torch.distributed` wants its peers."""
+        assert self.group is not None
+        return dist.get_global_rank(self.group, rank)
+
+    def on_device(self, wanted: str) -> Self:
+        """This mesh, computing on `wanted`: "cuda", "cpu", or "auto".
+
+        "auto" takes CUDA where every rank of this host has a GPU of its own.
+
+        Raises:
+            UserError: CUDA was asked for and some host has too few GPUs, or only some have them.
+        """
+        device = self.agree(lambda: _choose_device(wanted))
+        if len(set(self.gather_objects(device.type))) > 1:
+            raise UserError(
+                "only some hosts have a GPU for each of their ranks: choose --device cpu, or leave "
+                "the others out."
+            )
+        return replace(self, device=device)
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self.gather_objects(None)
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's `value`, in rank order, on every rank."""
+        if self.group is None:
+            return [value]
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values  # type: ignore[return-value]
+
+    def agree(self, action: Callable[[], T]) -> T:
+        """Run `action` on every rank; where it fails on any, raise that failure on all.
+
+        For whatever may go wrong on one rank alone (a disk, a file, a device): the others learn of
+        it here instead of waiting for it in the next collective until the time-out.
+
+        Raises:
+            UserError: `action` raised one on some rank.
+            RuntimeError: `action` raised anything else on another rank.
+            Exception: what `action` raised on this rank.
+        """
+        result, failure = _attempt(action)
+        failures = self.gather_objects(_describe(failure))
+        if isinstance(failure, Exception) and not isinstance(failure, UserError):
+            raise failure
+        for rank, (is_users, text) in enumerate(failures):
+            if text and is_users:
+                raise UserError(text)
+            if text:
+                raise RuntimeError(f"rank {rank} failed: {text}")
+        return result  # type: ignore[return-value]
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return action(), None
+    except Exception as error:  # every rank must reach the collective that follows
+        return None, error
+
+
+def _describe(failure: Exception | None) -> tuple[bool, str]:
+    if failure is None:
+        return False, ""
+    text = (
+        str(failure) if isinstance(failure, UserError) else f"{type(failure).__name__}: {failure}"
+    )
+    return isinstance(failure, UserError), text
+
+
+@contextmanager
+def open_mesh(timeout_s: float = 600.0) -> Iterator[Mesh]:
+    """Join the ranks that torchrun started (or stand alone), and leave them at the end.
+
+    Args:
+        timeout_s: how long a collective may take before the job fails.
+    """
+    owns_group = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if owns_group:
+        # Objects and errors travel over gloo even where tensors travel over NCCL.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    yield _whole_world()
+    # Only after success: with a peer gone, leaving in good order could wait for it.
+    if owns_group:
+        dist.destroy_process_group()
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that speaks, known before any group exists."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _whole_world() -> Mesh:
+    cpu = torch.device("cpu")
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return Mesh(rank=0, size=1, device=cpu, group=None)
+    return Mesh(dist.get_rank(), dist.get_world_size(), cpu, dist.group.WORLD)
+
+
+def _choose_device(wanted: str) -> torch.device:
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cuda" and gpus < local_size:
+        raise UserError(
+            f"device cuda needs a GPU for each of the {local_size} ranks on this host, which has "
+            f"{gpus}: start {gpus or 'no'} ranks here, or choose --device cpu."
+        )
+    if wanted == "cpu" or gpus < local_size:
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
