@@ -1,0 +1,252 @@
+"""LinFusion's generalised linear attention: the module, mounting it, loading and saving it.
+
+Softmax self-attention compares every pixel with every other one. LinFusion (Liu et al. 2024,
+"1 GPU, 1 Minute, 16K Image", arXiv:2409.02097) replaces the comparison by a feature map
+phi(x) = elu(x) + 1 and lets the sums swap places:
+
+    out_i = S^T phi(q_i) / (z^T phi(q_i) + 1e-4),  S = mean_j phi(k_j) v_j^T,  z = mean_j phi(k_j)
+
+S is d x d and z is d long for each head, whatever the size of the picture. When the picture lies
+in bands on several ranks, each rank sums phi(k)^T [v, 1] over its own tokens, and one all-reduce of
+that small matrix (`sum_over_bands`) is all that the ranks ever exchange for self-attention.
+
+The checkpoint layout is the published one (`Yuanshi/LinFusion-1-5`, `-2-1`, `-XL`): `config.json`
+with a `modules_list`, and the tensors `0.to_q.weight`, `0.to_q_.0.weight`, ... in list order.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.bands import sum_over_bands
+from engine.config import UserError
+
+# The reference adds this to the normaliser, on the *mean* of phi(k); trained weights expect it.
+NORMALISER_EPS = 1e-4
+
+_WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+
+
+def feature_map(x: Tensor) -> Tensor:
+    """phi(x) = elu(x) + 1 > 0, without the cancellation of `F.elu(x) + 1` for negative x.
+
+    In fp16 `elu(-8) + 1` is wrong by 46 %, in bf16 it is zero from -7 on; exp(x) is right.
+    """
+    # exp() of the clamped x: where() evaluates both sides, and inf * 0 would poison gradients.
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+
+
+def attention_state(key: Tensor, value: Tensor) -> Tensor:
+    """phi(k)^T [v, 1] of these tokens, unnormalised: [B, heads, n, d] twice -> [B, heads, d, d+1].
+
+    In fp32 at least: an unscaled fp16 sum of phi(k) overflows from about 57,000 tokens.
+    """
+    accumulate = torch.promote_types(value.dtype, torch.float32)
+    value_and_one = F.pad(value.to(accumulate), (0, 1), value=1.0)
+    return feature_map(key.to(accumulate)).transpose(-2, -1) @ value_and_one
+
+
+def apply_state(query: Tensor, mean_state: Tensor) -> Tensor:
+    """phi(q) S / (phi(q) z + eps) with [S, z] = `mean_state`, the state divided by all tokens.
+
+    [B, heads, n, d] and [B, heads, d, d+1] -> [B, heads, n, d] in the dtype of `query`. The
+    numerator can overflow fp16 before the division, so it is not rounded before it.
+    """
+    both = feature_map(query.to(mean_state.dtype)) @ mean_state
+    numerator, normaliser = both[..., :-1], both[..., -1:]
+    return (numerator / (normaliser + NORMALISER_EPS)).to(query.dtype)
+
+
+class LinearAttention(Attention):  # type: ignore[misc]
+    """Drop-in for the `attn1` of a diffusers transformer block.
+
+    Beside the four projections of `Attention` it has `to_q_` and `to_k_`, small MLPs added to the
+    input of the query and key projections (arXiv:2409.02097, section 3.2: non-linear projections).
+    It has its own `forward` and never asks its `processor`, since attachments such as IP-Adapter
+    re-create processors by class and would lose weights that lived there.
+    """
+
+    traffic_kind = "linear attention"
+
+    def __init__(self, *args: Any, projection_mid_dim: int | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.to_q_ = _nonlinear_projection(self.to_q.in_features, projection_mid_dim)
+        self.to_k_ = _nonlinear_projection(self.to_q.in_features, projection_mid_dim)
+
+    @classmethod
+    def from_attention(cls, attention: Attention, projection_mid_dim: int | None = None) -> Self:
+        """A linear attention with the weights of a softmax one: where distillation starts.
+
+        The MLPs end in zeros, so that queries and keys are at first those of `attention`.
+        """
+        linear = cls(
+            query_dim=attention.to_q.in_features,
+            heads=attention.heads,
+            dim_head=attention.to_q.out_features // attention.heads,
+            projection_mid_dim=projection_mid_dim,
+        )
+        linear.load_state_dict(attention.state_dict(), strict=False)
+        for mlp in (linear.to_q_, linear.to_k_):
+            if isinstance(mlp, nn.Sequential):
+                last = mlp[-1]
+                assert isinstance(last, nn.Linear)
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
+        weight = attention.to_q.weight
+        return linear.to(device=weight.device, dtype=weight.dtype).train(attention.training)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **cross_attention_kwargs: Any,
+    ) -> Tensor:
+        """[B, n, C] -> [B, n, C], n being this band's tokens. Self-attention only, no mask."""
+        assert encoder_hidden_states is None, "linear attention replaces self-attention only"
+        assert attention_mask is None, "linear attention has no pairwise scores to mask"
+        query = self.to_q(hidden_states + self.to_q_(hidden_states))
+        key = self.to_k(hidden_states + self.to_k_(hidden_states))
+        value = self.to_v(hidden_states)
+        state = attention_state(self._split_heads(key), self._split_heads(value))
+        state, tokens = sum_over_bands(self, state, count=hidden_states.shape[1])
+        mixed = apply_state(self._split_heads(query), state / tokens)
+        return self.to_out[0](mixed.transpose(1, 2).flatten(2))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """[B, n, heads * d] -> [B, heads, n, d]"""
+        batch, tokens, width = x.shape
+        return x.view(batch, tokens, self.heads, width // self.heads).transpose(1, 2)
+
+
+def _nonlinear_projection(dim: int, mid_dim: int | None) -> nn.Module:
+    """The MLP of `to_q_` and `to_k_`; `mid_dim` None means `dim`, -1 means none (the identity)."""
+    if mid_dim == -1:
+        return nn.Identity()
+    mid_dim = mid_dim or dim
+    return nn.Sequential(
+        nn.Linear(dim, mid_dim), nn.LayerNorm(mid_dim), nn.LeakyReLU(), nn.Linear(mid_dim, dim)
+    )
+
+
+def self_attentions(unet: nn.Module) -> Iterator[tuple[str, Attention]]:
+    """(name, module) of every self-attention, softmax or linear, in the network's own order."""
+    for name, module in unet.named_modules():
+        if isinstance(module, Attention) and name.rsplit(".", 1)[-1] == "attn1":
+            yield name, module
+
+
+def convert(unet: nn.Module) -> None:
+    """Replace every softmax self-attention by a linear one with its weights, to be distilled."""
+    for name, attention in list(self_attentions(unet)):
+        unet.set_submodule(name, LinearAttention.from_attention(attention))
+
+
+def save(unet: nn.Module, folder: Path) -> None:
+    """Write the linear attentions of `unet` in LinFusion's published layout, dtype as it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    modules_list, tensors = [], {}
+    for index, (name, attention) in enumerate(self_attentions(unet)):
+        assert isinstance(attention, LinearAttention), f"{name} is not linear"
+        modules_list.append(_describe(name, attention))
+        for key, tensor in attention.state_dict().items():
+            tensors[f"{index}.{key}"] = tensor.contiguous()
+    config = {"_class_name": "LinFusion", "modules_list": modules_list}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(tensors, folder / _WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def _describe(name: str, attention: LinearAttention) -> dict[str, Any]:
+    dim = attention.to_q.in_features
+    mlp = attention.to_q_
+    mid_dim = mlp[0].out_features if isinstance(mlp, nn.Sequential) else -1
+    return {
+        "module_name": name,
+        "dim_n": dim,
+        "heads": attention.heads,
+        "projection_mid_dim": None if mid_dim == dim else mid_dim,
+    }
+
+
+def load(unet: nn.Module, folder: Path) -> None:
+    """Mount the LinFusion modules in `folder` on `unet`, in place.
+
+    Raises:
+        UserError: the folder is no LinFusion checkpoint, or one for a network of another shape.
+    """
+    modules_list = read_config(folder)
+    _check_shapes(unet, modules_list, folder)
+    tensors = load_file(folder / _WEIGHTS_NAME)
+    for index, entry in enumerate(modules_list):
+        softmax = unet.get_submodule(entry["module_name"])
+        linear = LinearAttention.from_attention(softmax, entry["projection_mid_dim"])
+        prefix = f"{index}."
+        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        linear.load_state_dict(own)
+        unet.set_submodule(entry["module_name"], linear)
+
+
+# The published checkpoints, by the width of the text embedding that tells their families apart.
+_PUBLISHED = {
+    768: "Yuanshi/LinFusion-1-5",
+    1024: "Yuanshi/LinFusion-2-1",
+    2048: "Yuanshi/LinFusion-XL",
+}
+
+
+def published_for(unet: UNet2DConditionModel) -> str:
+    """The hub id of the published LinFusion modules for a UNet of this shape.
+
+    Raises:
+        UserError: there are none.
+    """
+    width = unet.config.cross_attention_dim
+    if width not in _PUBLISHED:
+        raise UserError(
+            f"no published LinFusion modules fit a UNet with {width} wide text embeddings: name "
+            "a folder of modules distilled for it, or choose --linfusion none."
+        )
+    return _PUBLISHED[width]
+
+
+def read_config(folder: Path) -> list[dict[str, Any]]:
+    """The `modules_list` of a LinFusion checkpoint.
+
+    Raises:
+        UserError: `folder` is no LinFusion checkpoint.
+    """
+    try:
+        modules_list: list[dict[str, Any]] = json.loads((folder / "config.json").read_text())[
+            "modules_list"
+        ]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder} is no LinFusion checkpoint (it needs config.json with a modules_list and "
+            f"{_WEIGHTS_NAME}): {type(error).__name__}: {error}"
+        ) from error
+    return modules_list
+
+
+def _check_shapes(unet: nn.Module, modules_list: list[dict[str, Any]], folder: Path) -> None:
+    """Every self-attention is named once, with its own width and head count."""
+    wanted = {e["module_name"]: (e["dim_n"], e["heads"]) for e in modules_list}
+    found = {n: (a.to_q.in_features, a.heads) for n, a in self_attentions(unet)}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise UserError(
+                f"{folder} does not fit this UNet: {name} is {_shape_text(wanted.get(name))} in "
+                f"the checkpoint and {_shape_text(found.get(name))} in the UNet; choose the "
+                "LinFusion modules that were distilled from this model family."
+            )
+
+
+def _shape_text(shape: tuple[int, int] | None) -> str:
+    return "absent" if shape is None else f"{shape[0]} wide with {shape[1]} heads"
