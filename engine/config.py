@@ -338,7 +338,8 @@ def _group(annotation: Any) -> type[BaseModel] | None:
 
 def _model_at(model: type[BaseModel], keys: Sequence[str | int]) -> type[BaseModel]:
     for key in keys:
-        model = _group(model.model_fields[str(key)].annotation) or model
+        info = model.model_fields.get(str(key))
+        model = (info and _group(info.annotation)) or model
     return model
 
 
