@@ -1,5 +1,6 @@
 """Banded files against independent readers: Pillow and libvips must see the very pixels."""
 
+import os
 import pickle
 import tracemalloc
 import zlib
@@ -173,6 +174,18 @@ def test_a_band_that_is_never_closed_leaves_nothing(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+def test_a_failure_after_close_leaves_nothing(folder: Path) -> None:
+    def lose_another_rank() -> None:
+        with PngBand(folder / "picture.png", height=4, width=4, rows=range(4), index=0) as part:
+            part.write(pixels_of(4, 4, "uint8"))
+            part.close()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        lose_another_rank()
+    assert list(folder.iterdir()) == []
+
+
 def test_abort_after_close(folder: Path) -> None:
     part = PngBand(folder / "picture.png", height=4, width=4, rows=range(4), index=0)
     part.write(pixels_of(4, 4, "uint8"))
@@ -180,6 +193,22 @@ def test_abort_after_close(folder: Path) -> None:
     part.abort()
     part.abort()
     assert list(folder.iterdir()) == []
+
+
+def test_assemble_renames_a_whole_file_and_never_holds_the_picture_twice(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_fsync: list[Path] = []
+    inode: list[int] = []
+
+    def fsync(file: int) -> None:
+        at_fsync.extend(folder.iterdir())
+        inode.append(os.fstat(file).st_ino)
+
+    monkeypatch.setattr(png.os, "fsync", fsync)
+    write_picture(folder / "picture.png", pixels_of(8, 4, "uint8"), [2, 4])
+    assert [path.name for path in at_fsync] == [".picture.png.tmp"]
+    assert (folder / "picture.png").stat().st_ino == inode[0]
 
 
 @pytest.mark.parametrize("fails", ["a part is gone", "fsync"])
