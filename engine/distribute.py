@@ -63,7 +63,7 @@ def _require_plain_processor(name: str, attention: Attention) -> None:
     if processor not in (AttnProcessor, AttnProcessor2_0):
         raise UserError(
             f"{name} uses {processor.__name__}, which has no exact form over bands: remove that "
-            "attachment, or paint on one rank."
+            "attachment, or paint on one rank"
         )
 
 
@@ -88,7 +88,7 @@ def _require_short_halos(unet: nn.Module) -> None:
         if isinstance(module, BandConv2d) and max(module.halo_rows()) > 1:
             raise UserError(
                 f"{name} needs a halo of {max(module.halo_rows())} rows, more than the shortest "
-                "band may have: only UNets of 3x3 convolutions can be split."
+                "band may have: only UNets of 3x3 convolutions can be split"
             )
 
 

@@ -32,6 +32,9 @@ from engine.config import UserError
 # The reference adds this to the normaliser, on the *mean* of phi(k); trained weights expect it.
 NORMALISER_EPS = 1e-4
 
+_BLOCK_TOKENS = 65536
+_CHUNK_TOKENS = 1024
+
 _WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 
@@ -47,11 +50,27 @@ def feature_map(x: Tensor) -> Tensor:
 def attention_state(key: Tensor, value: Tensor) -> Tensor:
     """phi(k)^T [v, 1] of these tokens, unnormalised: [B, heads, n, d] twice -> [B, heads, d, d+1].
 
-    In fp32 at least: an unscaled fp16 sum of phi(k) overflows from about 57,000 tokens.
+    In fp32 at least: an unscaled fp16 sum of phi(k) overflows from about 57,000 tokens. Block by
+    block: only one block's phi(k) and v are ever held in fp32.
     """
+    blocks = zip(key.split(_BLOCK_TOKENS, dim=-2), value.split(_BLOCK_TOKENS, dim=-2), strict=True)
+    return sum((_block_state(*block) for block in blocks), start=torch.zeros((), device=key.device))
+
+
+def _block_state(key: Tensor, value: Tensor) -> Tensor:
+    """The state of one block, summed up in chunks: a chain of fp32 sums loses a digit in 100."""
     accumulate = torch.promote_types(value.dtype, torch.float32)
+    phi_k = feature_map(key.to(accumulate)).transpose(-2, -1)
     value_and_one = F.pad(value.to(accumulate), (0, 1), value=1.0)
-    return feature_map(key.to(accumulate)).transpose(-2, -1) @ value_and_one
+    tokens = key.shape[-2]
+    chunks = tokens // _CHUNK_TOKENS
+    cut = chunks * _CHUNK_TOKENS
+    rest = phi_k[..., cut:] @ value_and_one[..., cut:, :]
+    if not chunks:
+        return rest
+    chunked_k = phi_k[..., :cut].unflatten(-1, (chunks, -1)).movedim(-2, -3)
+    chunked_v = value_and_one[..., :cut, :].unflatten(-2, (chunks, -1))
+    return (chunked_k @ chunked_v).sum(-3) + rest
 
 
 def apply_state(query: Tensor, mean_state: Tensor) -> Tensor:
@@ -212,7 +231,7 @@ def published_for(unet: UNet2DConditionModel) -> str:
     if width not in _PUBLISHED:
         raise UserError(
             f"no published LinFusion modules fit a UNet with {width} wide text embeddings: name "
-            "a folder of modules distilled for it, or choose --linfusion none."
+            "a folder of modules distilled for it, or choose --linfusion none"
         )
     return _PUBLISHED[width]
 
@@ -244,7 +263,7 @@ def _check_shapes(unet: nn.Module, modules_list: list[dict[str, Any]], folder: P
             raise UserError(
                 f"{folder} does not fit this UNet: {name} is {_shape_text(wanted.get(name))} in "
                 f"the checkpoint and {_shape_text(found.get(name))} in the UNet; choose the "
-                "LinFusion modules that were distilled from this model family."
+                "LinFusion modules that were distilled from this model family"
             )
 
 

@@ -51,7 +51,7 @@ class Mesh:
         if len(set(self.gather_objects(device.type))) > 1:
             raise UserError(
                 "only some hosts have a GPU for each of their ranks: choose --device cpu, or leave "
-                "the others out."
+                "the others out"
             )
         return replace(self, device=device)
 
@@ -143,7 +143,7 @@ def _choose_device(wanted: str) -> torch.device:
     if wanted == "cuda" and gpus < local_size:
         raise UserError(
             f"device cuda needs a GPU for each of the {local_size} ranks on this host, which has "
-            f"{gpus}: start {gpus or 'no'} ranks here, or choose --device cpu."
+            f"{gpus}: start {gpus or 'no'} ranks here, or choose --device cpu"
         )
     if wanted == "cpu" or gpus < local_size:
         return torch.device("cpu")

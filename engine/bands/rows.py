@@ -25,7 +25,7 @@ def split_rows(height: int, parts: int, multiple: int = 1) -> list[range]:
     if parts > blocks:
         raise UserError(
             f"{height} rows in blocks of {multiple} can be shared by {blocks} ranks at most, "
-            f"not by {parts}: start fewer ranks or ask for a taller picture."
+            f"not by {parts}: start fewer ranks or ask for a taller picture"
         )
     small, larger = divmod(blocks, parts)
     cuts = [multiple * (small * part + min(part, larger)) for part in range(parts)] + [height]

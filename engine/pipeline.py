@@ -1,0 +1,252 @@
+"""The Python API: load a model over all ranks, paint pictures with it, write them.
+
+    with open_mesh() as mesh:
+        engine = Engine.load(settings, mesh)
+        picture = engine.generate(settings)
+
+A latent's way through the house: `latent` runs the diffusers pipeline, whose UNet works on bands
+(`engine.distribute`); `engine.codec` decodes each rank's rows; `engine.output` has each rank
+compress its own rows, and one of them joins the parts. No rank ever holds the whole picture.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from huggingface_hub import snapshot_download
+from torch import Tensor
+
+import engine
+from engine import codec, linfusion, output
+from engine.bands import Exchange, Mesh, max_bands
+from engine.config import Settings, UserError
+from engine.demo import WEIGHTS
+from engine.distribute import distribute, downsampling_factor
+from engine.progress import progress_bar
+
+T = TypeVar("T")
+
+_PIPELINES = {cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What was painted, and what it took.
+
+    Attributes:
+        seconds: from the first step to the file under its final name.
+        megabytes_sent: by this rank to others, in MB of 10^6 bytes.
+    """
+
+    path: Path
+    height: int
+    width: int
+    seconds: float
+    ranks: int
+    megabytes_sent: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: {self.width}x{self.height} px in {self.seconds:.1f} s on {self.ranks} "
+            f"rank{'s' if self.ranks > 1 else ''}, {self.megabytes_sent:.1f} MB sent per rank"
+        )
+
+
+class Engine:
+    """A diffusers pipeline over all ranks of `mesh`. Every rank makes the same calls."""
+
+    def __init__(self, pipe: DiffusionPipeline, mesh: Mesh) -> None:
+        self.pipe = pipe
+        self.mesh = mesh
+        self.exchange: Exchange | None = distribute(pipe, mesh)
+        pipe.set_progress_bar_config(disable=True)
+
+    @classmethod
+    def load(cls, settings: Settings, mesh: Mesh) -> Self:
+        """Load the model that `settings` name and share it out over the ranks.
+
+        Raises:
+            UserError: before any weights are read where that can be known: a model that is not
+                there or of another kind, more ranks than the height can serve, a destination that
+                cannot be written, LinFusion modules that do not fit.
+        """
+        mesh.agree(lambda: output.check_destination(settings.output))
+        source = _model_source(settings.model)
+        mesh.agree(lambda: _check_model(source, settings, mesh.size))
+        return cls(mesh.agree(lambda: _load_pipeline(source, settings, mesh.device)), mesh)
+
+    def generate(self, settings: Settings) -> Picture:
+        """Paint the picture of `settings` and write it to `settings.output`.
+
+        Raises:
+            UserError: the picture cannot be split over this many ranks or not be written.
+        """
+        start, sent_before = time.perf_counter(), self._megabytes_sent()
+        latent = self.latent(settings)
+        with torch.inference_mode():
+            rows, pixels = codec.decode(self.pipe.vae, latent, self.exchange)
+        self._write(settings, rows, codec.to_uint8(pixels)[0])
+        return Picture(
+            path=settings.output,
+            height=settings.height,
+            width=settings.width,
+            seconds=time.perf_counter() - start,
+            ranks=self.mesh.size,
+            megabytes_sent=self._megabytes_sent() - sent_before,
+        )
+
+    def latent(self, settings: Settings) -> Tensor:
+        """The denoised latent [1, 4, H / 8, W / 8], the same on every rank."""
+        # Every rank draws the whole noise from the same CPU generator: no rank count, no device
+        # changes it.
+        noise_source = torch.Generator("cpu").manual_seed(settings.seed)
+        with progress_bar("painting", settings.steps, enabled=self.mesh.rank == 0) as advance:
+            latent: Tensor = self.pipe(
+                settings.prompt,
+                negative_prompt=settings.negative_prompt,
+                height=settings.height,
+                width=settings.width,
+                num_inference_steps=settings.steps,
+                guidance_scale=settings.guidance_scale,
+                generator=noise_source,
+                output_type="latent",
+                callback_on_step_end=_on_step_end(advance),
+            ).images
+        return latent
+
+    def _megabytes_sent(self) -> float:
+        return self.exchange.traffic.megabytes if self.exchange else 0.0
+
+    def _write(self, settings: Settings, rows: range, band: Tensor) -> None:
+        """Each rank compresses its own `band` [h, W, 3]; rank 0 joins the parts and renames."""
+        path, mesh = settings.output, self.mesh
+        writer = output.writer_for(path)
+        size = {"height": settings.height, "width": settings.width}
+        metadata = self._metadata(settings)
+
+        def agree(action: Callable[[], T]) -> T:
+            return mesh.agree(lambda: _report_disk_errors(path, action))
+
+        # Whatever fails, on whichever rank: leaving the stack removes this rank's part.
+        with contextlib.ExitStack() as parts:
+            part = agree(
+                lambda: parts.enter_context(writer(path, **size, rows=rows, index=mesh.rank))
+            )
+            agree(lambda: part.write(band.cpu().numpy()))
+            summaries = mesh.gather_objects(agree(part.close))
+            agree(lambda: writer.assemble(path, summaries, metadata) if mesh.rank == 0 else None)
+
+    def _metadata(self, settings: Settings) -> dict[str, str]:
+        """Where the picture came from, to be kept in the file."""
+        facts = {
+            **settings.provenance(),
+            "dtype": str(self.pipe.unet.dtype).removeprefix("torch."),
+            "engine": engine.__version__,
+        }
+        return {"prompt": settings.prompt, "linfusion-engine": json.dumps(facts, sort_keys=True)}
+
+
+def _report_disk_errors(path: Path, action: Callable[[], T]) -> T:
+    try:
+        return action()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(
+            f"{path}: writing failed ({reason}); free some space or name another folder"
+        ) from error
+
+
+def _on_step_end(advance: Callable[[], object]) -> Callable[..., dict[str, Any]]:
+    def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        advance()
+        return tensors
+
+    return callback
+
+
+def _model_source(model: str) -> str:
+    return str(WEIGHTS) if model == "demo" else model
+
+
+def _check_model(source: str, settings: Settings, ranks: int) -> None:
+    """Everything that the model's configuration files tell, without its weights."""
+    try:
+        index = DiffusionPipeline.load_config(source)
+        unet = UNet2DConditionModel.load_config(source, subfolder="unet")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            f"model {settings.model!r} is not readable: give 'demo', a diffusers folder or a hub "
+            f"id ({reason})"
+        ) from error
+    if index.get("_class_name") not in _PIPELINES:
+        raise UserError(
+            f"model {settings.model!r} is a {index.get('_class_name')}: the engine paints with "
+            f"{' and '.join(_PIPELINES)}"
+        )
+    _check_bands(settings.height, ranks, downsampling_factor(unet["block_out_channels"]))
+
+
+def _check_bands(height: int, ranks: int, row_multiple: int) -> None:
+    most = max_bands(height // 8, row_multiple)
+    if ranks > most:
+        raise UserError(
+            f"a picture of {height} px height can be shared by {most} "
+            f"rank{'s' if most > 1 else ''} at most, not by {ranks}: start {most}, or ask for "
+            f"{8 * (row_multiple * (ranks - 1) + 1)} px or more"
+        )
+
+
+def _load_pipeline(source: str, settings: Settings, device: torch.device) -> DiffusionPipeline:
+    pipeline_class = _PIPELINES[DiffusionPipeline.load_config(source)["_class_name"]]
+    # The safety checker looks at whole pictures on one device; no rank has one.
+    extras = {"safety_checker": None} if pipeline_class is StableDiffusionPipeline else {}
+    try:
+        pipe = pipeline_class.from_pretrained(source, dtype=_dtype(settings, device), **extras)
+    except OSError as error:
+        raise UserError(f"model {settings.model!r} could not be loaded: {error}") from error
+    modules = _linfusion_folder(settings, source, pipe.unet)
+    if modules:
+        linfusion.load(pipe.unet, modules)
+    return pipe.to(device)
+
+
+def _dtype(settings: Settings, device: torch.device) -> torch.dtype:
+    if settings.dtype == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    return dtype
+
+
+def _linfusion_folder(settings: Settings, source: str, unet: UNet2DConditionModel) -> Path | None:
+    """Where the LinFusion modules lie: beside the model, where the user says, or on the hub."""
+    if settings.linfusion == "none":
+        return None
+    if settings.linfusion != "auto":
+        return _local_folder(settings.linfusion)
+    beside = Path(source) / "linfusion"
+    return beside if beside.is_dir() else _local_folder(linfusion.published_for(unet))
+
+
+def _local_folder(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            f"LinFusion modules {name!r} are not readable: give a folder, a hub id, or 'none' for "
+            f"softmax attention ({reason})"
+        ) from error

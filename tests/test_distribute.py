@@ -1,0 +1,161 @@
+"""Whole networks over bands against the same networks in one process, in float64."""
+
+import json
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+
+from engine import codec
+from engine.bands import ExactExchange, Traffic
+from engine.config import UserError
+from engine.distribute import band_layers, band_unet, downsampling_factor
+from tests.models import latent, tiny_unet, tiny_vae
+from tests.ranks import run_ranks
+
+SIZES = [(64, 64), (32, 48), (41, 32)]  # latent rows and columns of 512x512, 384x256, 256x328 px
+
+
+def text(batch=2):
+    return latent(7, 24, channels=1, batch=batch)[:, 0]
+
+
+def banded_unet(mesh, **options):
+    unet, exchange = tiny_unet(**options), ExactExchange(mesh, Traffic())
+    band_unet(unet, exchange)
+    return unet, exchange
+
+
+def unet_errors(mesh, linear):
+    errors = []
+    unet, _ = banded_unet(mesh, linear=linear)
+    for height, width in SIZES:
+        sample = latent(height, width)
+        whole = unet(sample, 500, text()).sample
+        if mesh.rank == 0:  # one comparison is enough: every rank gathered the same rows
+            expected = tiny_unet(linear=linear)(sample, 500, text()).sample
+            errors.append((whole - expected).abs().max().item())
+    return errors
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+@pytest.mark.parametrize("linear", [True, False], ids=["linear", "softmax"])
+def test_the_unet_over_bands_is_the_unet(ranks, linear):
+    errors = run_ranks(ranks, unet_errors, linear)[0]
+    assert len(errors) == len(SIZES)
+    assert max(errors) < 1e-10, errors
+
+
+def decoder_errors(mesh):
+    vae, exchange, errors = tiny_vae(), ExactExchange(mesh, Traffic()), []
+    band_layers(vae)
+    for height, width in SIZES:
+        sample = latent(height, width // 2, batch=1)
+        rows, pixels = codec.decode(vae, sample, exchange)
+        assert pixels.shape[2] == len(rows)
+        whole = exchange.gather(vae, pixels, dim=2)
+        if mesh.rank == 0:
+            expected = tiny_vae().decode(sample / vae.config.scaling_factor).sample
+            errors.append((whole - expected).abs().max().item())
+    return errors
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_the_decoder_over_bands_is_the_decoder(ranks):
+    errors = run_ranks(ranks, decoder_errors)[0]
+    assert len(errors) == len(SIZES)
+    assert max(errors) < 1e-10, errors
+
+
+def encoder_error(mesh):
+    """The encoder's layers too are banded: its own kind of down-sampling, rows halved thrice."""
+    vae, exchange = tiny_vae(), ExactExchange(mesh, Traffic())
+    picture = latent(8 * 5 * mesh.size, 32, channels=3, batch=1)
+    expected = vae.encode(picture).latent_dist.mean
+    band_layers(vae)
+    from engine.bands import banded
+
+    own = slice(40 * mesh.rank, 40 * (mesh.rank + 1))
+    with banded(exchange):
+        mean = vae.encode(picture[:, :, own]).latent_dist.mean
+    return (exchange.gather(vae, mean, dim=2) - expected).abs().max().item()
+
+
+def test_the_encoders_layers_over_bands_are_the_encoders():
+    assert max(run_ranks(3, encoder_error)) < 1e-10
+
+
+def attention_traffic(mesh):
+    unet, exchange = banded_unet(mesh, dtype=torch.float32)
+    sent = []
+    for pixels in (256, 2048):
+        before = exchange.traffic.bytes_sent["linear attention"]
+        unet(latent(pixels // 8, pixels // 8, batch=1).float(), 500, text(1).float())
+        sent.append(exchange.traffic.bytes_sent["linear attention"] - before)
+    return sent
+
+
+def test_linear_attention_sends_the_same_bytes_at_any_size():
+    modules = [m for m in tiny_unet().modules() if hasattr(m, "to_q_")]
+    for small, large in run_ranks(2, attention_traffic):
+        assert small == large
+        # d x (d + 1) numbers a head and the token count, in fp32, once around a ring of two.
+        dims = [(m.heads, m.to_q.out_features // m.heads) for m in modules]
+        assert small == sum(4 * (heads * d * (d + 1) + 1) for heads, d in dims)
+
+
+def too_many_ranks(mesh):
+    unet, _ = banded_unet(mesh)
+    with pytest.raises(UserError, match=r"blocks of 4 can be shared by 2 ranks at most, not by 3"):
+        unet(latent(8, 8), 500, text())
+    return True
+
+
+def test_more_ranks_than_rows_are_refused_on_every_rank():
+    assert all(run_ranks(3, too_many_ranks))
+
+
+def saved_config(mesh, folder):
+    unet, _ = banded_unet(mesh, linear=False)
+    if mesh.rank == 0:
+        unet.save_pretrained(folder)
+
+
+def test_a_banded_unet_saves_and_loads_as_a_plain_one(tmp_path):
+    run_ranks(2, saved_config, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == (
+        "UNet2DConditionModel"
+    )
+    again = UNet2DConditionModel.from_pretrained(tmp_path, dtype=torch.float64)
+    assert type(again) is UNet2DConditionModel
+    sample = latent(8, 8)
+    expected = tiny_unet(linear=False)(sample, 500, text()).sample
+    torch.testing.assert_close(again(sample, 500, text()).sample, expected)
+
+
+def test_layers_outside_of_bands_are_the_plain_layers():
+    unet, vae = tiny_unet(linear=False), tiny_vae()
+    band_layers(unet)
+    band_layers(vae)
+    sample = latent(9, 8)
+    expected = tiny_unet(linear=False)(sample, 500, text()).sample
+    torch.testing.assert_close(unet(sample, 500, text()).sample, expected)
+    torch.testing.assert_close(vae.decode(sample).sample, tiny_vae().decode(sample).sample)
+
+
+class PerturbedProcessor(AttnProcessor2_0):
+    """Stands for the processors that do something else to self-attention, such as PAG's."""
+
+
+def test_a_processor_with_no_exact_form_is_refused_by_name():
+    unet = tiny_unet(linear=False)
+    unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(PerturbedProcessor())
+    with pytest.raises(UserError, match="PerturbedProcessor, which has no exact form over bands"):
+        band_layers(unet)
+
+
+def test_down_sampling_factors_of_the_real_models():
+    assert downsampling_factor([320, 640, 1280, 1280]) == 8  # SD-1.5: rows in blocks of 8
+    assert downsampling_factor([320, 640, 1280]) == 4  # SDXL
+    assert downsampling_factor([128, 256, 512, 512]) == 8  # their VAE: 8 pixels a latent row
