@@ -11,9 +11,13 @@ import contextlib
 import io
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from engine.bands import is_first_process, open_mesh
+from engine.bands import Mesh, is_first_process, open_mesh
 from engine.config import Settings, UserError
+
+if TYPE_CHECKING:
+    from engine.pipeline import Picture
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,11 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             if mistake:
                 raise mistake
-            mesh = mesh.on_device(settings.device)
-            # Only now: torch is needed for the mesh, but diffusers takes seconds to import.
-            from engine.pipeline import Engine
-
-            picture = Engine.load(settings, mesh).generate(settings)
+            picture = _paint(settings, mesh.on_device(settings.device))
         except UserError as error:
             if mesh.rank == 0:
                 print(f"error: {error}", file=sys.stderr, flush=True)
@@ -37,6 +37,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if mesh.rank == 0:
             print(picture, flush=True)
     return 0
+
+
+def _paint(settings: Settings, mesh: Mesh) -> "Picture":
+    # diffusers and transformers take seconds to import; a mistyped flag should not wait for them.
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    # Their warnings and loading bars, once: rank 0 speaks for all.
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    if mesh.rank != 0:
+        diffusers.utils.logging.set_verbosity_error()
+
+    from engine.pipeline import Engine
+
+    return Engine.load(settings, mesh).generate(settings)
 
 
 def _read_settings(argv: Sequence[str] | None) -> tuple[Settings, UserError | None]:

@@ -1,0 +1,80 @@
+"""The house keeps its floors: a file imports only from lower ones, and a few habits hold."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ENGINE = Path(__file__).parents[1] / "engine"
+FLOORS = {
+    "engine": 0,  # the version
+    "engine.config": 0,
+    "engine.demo": 0,  # where the weights lie
+    "engine.bands": 1,
+    "engine.output": 1,
+    "engine.progress": 1,
+    "engine.linfusion": 2,
+    "engine.distribute": 2,
+    "engine.codec": 3,
+    "engine.pipeline": 4,
+    "engine.generate": 5,
+}
+TRAINING_FLOOR = 5  # engine.demo.train and what is around it: a command of its own
+MODULES = sorted(ENGINE.rglob("*.py"))
+
+
+def module_name(path):
+    return ".".join(path.relative_to(ENGINE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room(name):
+    """(package or file on a floor, its floor) of a module."""
+    if name.startswith("engine.demo."):
+        return "engine.demo.train", TRAINING_FLOOR
+    top = ".".join(name.split(".")[:2])
+    return top, FLOORS[top]
+
+
+def engine_imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("engine"))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("engine"):
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                is_module = (ENGINE.parent / name.replace(".", "/")).with_suffix(".py").exists()
+                is_package = (ENGINE.parent / name.replace(".", "/")).is_dir()
+                yield name if is_module or is_package else node.module
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_imports_go_down_the_floors(path):
+    own, floor = room(module_name(path))
+    for name in engine_imports(path):
+        other, other_floor = room(name)
+        assert other == own or other_floor < floor, f"{own} may not import {other}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_only_the_mesh_reads_the_environment(path):
+    if path != ENGINE / "bands" / "mesh.py":
+        assert "environ" not in path.read_text()
+        assert "getenv" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_modules_teach_and_functions_stay_short(path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), "a module begins with what it is about"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= 50, f"{node.name} has {length} lines"
+
+
+def test_imports_have_no_side_effects():
+    """No module body calls anything but what builds its constants and classes."""
+    for path in MODULES:
+        for node in ast.parse(path.read_text()).body:
+            is_call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+            assert not is_call, f"{path.name}:{node.lineno} calls something on import"

@@ -1,0 +1,236 @@
+"""The command line on real ranks: one picture on any number of them, mistakes in a sentence."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine import generate
+from tests.models import save_tiny_pipeline
+from tests.ranks import run_ranks
+
+SIZES = [(512, 512), (384, 256), (328, 256)]  # width, height; 328 px are 41 latent rows
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_pipeline(folder)
+    return folder
+
+
+def read(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def command_line(mesh, arguments):
+    """(exit code, standard output, standard error) of `engine.generate` on this rank."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = generate.main(arguments)
+    return code, out.getvalue(), err.getvalue()
+
+
+def run(ranks, *arguments):
+    return run_ranks(ranks, command_line, [str(argument) for argument in arguments])
+
+
+def paint_all_sizes(mesh, model, folder):
+    """One process paints several sizes, one after the other."""
+    for width, height in SIZES:
+        size = ["--width", str(width), "--height", str(height)]
+        target = str(folder / f"{width}x{height}-{mesh.size}.png")
+        assert generate.main([*size, "--steps=3", "--model", str(model), "--output", target]) == 0
+
+
+def worst_difference(model, folder, ranks):
+    """Paint every size on one rank and on `ranks`; the largest difference of any 8-bit sample."""
+    for size in (1, ranks):
+        run_ranks(size, paint_all_sizes, model, folder)
+    names = [f"{width}x{height}" for width, height in SIZES]
+    return {
+        name: abs(read(folder / f"{name}-{ranks}.png") - read(folder / f"{name}-1.png")).max()
+        for name in names
+    }
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_any_number_of_ranks_paint_the_same_picture(tiny_model, tmp_path, ranks):
+    differences = worst_difference(tiny_model, tmp_path, ranks)
+    assert max(differences.values()) <= 1, differences
+
+
+def test_the_seed_alone_changes_the_picture(tiny_model, tmp_path):
+    def paint(name, seed):
+        target = tmp_path / name
+        size = ["--height=64", "--width=64", "--steps=2", f"--seed={seed}"]
+        [(code, _, _), _] = run(2, "--model", tiny_model, "--output", target, *size)
+        assert code == 0
+        return target.read_bytes()
+
+    first, again, other = paint("a.png", 7), paint("b.png", 7), paint("c.png", 8)
+    assert first == again
+    assert first != other
+
+
+def test_the_last_line_tells_what_was_painted_and_what_it_took(tiny_model, tmp_path):
+    target = tmp_path / "a.png"
+    results = run(
+        2, "--model", tiny_model, "--output", target, "--height=64", "--width=96", "--steps=1"
+    )
+    assert [code for code, _, _ in results] == [0, 0]
+    assert results[1][1] == ""
+    line = results[0][1].splitlines()[-1]
+    assert line.startswith(f"{target}: 96x64 px in ")
+    assert " s on 2 ranks, " in line
+    assert line.endswith(" MB sent per rank")
+
+
+def test_the_file_tells_how_it_was_made(tiny_model, tmp_path):
+    target = tmp_path / "a.png"
+    prompt = "ein See in der Dämmerung, 湖"
+    run(1, "--model", tiny_model, "--output", target, "--height=32", "--width=32", "--steps=1",
+        "--seed=5", "--prompt", prompt, "--negative-prompt=fog")  # fmt: skip
+    text = Image.open(target).text
+    facts = json.loads(text["linfusion-engine"])
+    assert text["prompt"] == facts["prompt"] == prompt
+    assert (facts["seed"], facts["steps"], facts["negative_prompt"]) == (5, 1, "fog")
+    assert facts["dtype"] == "float32"
+
+
+def test_a_configuration_file_is_read_and_flags_win_over_it(tiny_model, tmp_path):
+    target, config = tmp_path / "a.png", tmp_path / "a.yaml"
+    config.write_text(f"model: {tiny_model}\noutput: {target}\nheight: 32\nwidth: 64\nsteps: 1\n")
+    [(code, _, _)] = run(1, "--config", config, "--width", "48")
+    assert code == 0
+    assert read(target).shape == (32, 48, 3)
+
+
+MISTAKES = {
+    "unknown flag": (["--heigth=64"], "--heigth: unknown flag; did you mean '--height'?"),
+    "no multiple of 8": (
+        ["--height=250"],
+        "--height: 250 px is not a positive multiple of 8; 248 or 256 would work",
+    ),
+    "too many ranks": (
+        ["--height=32"],
+        "a picture of 32 px height can be shared by 1 rank at most, not by 2: start 1, or ask "
+        "for 40 px or more",
+    ),
+    "no writer": (["--output=a.tga"], "a.tga: no writer for .tga files; .png would work"),
+    "no GPU": (
+        ["--device=cuda"],
+        "device cuda needs a GPU for each of the 1 ranks on this host, which has 0: start no "
+        "ranks here, or choose --device cpu",
+    ),
+}
+
+
+if torch.cuda.is_available():
+    del MISTAKES["no GPU"]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence_on_rank_0_and_exit_code_2_on_all(mistake, tiny_model):
+    flags, sentence = MISTAKES[mistake]
+    results = run(2, "--model", tiny_model, *flags)
+    assert [code for code, _, _ in results] == [2, 2]
+    assert [err for _, _, err in results] == [f"error: {sentence}\n", ""]
+
+
+def test_an_unreadable_model_is_named(tmp_path):
+    for model in (tmp_path / "nowhere", tmp_path):
+        results = run(2, "--model", model, "--output", tmp_path / "a.png")
+        assert [code for code, _, _ in results] == [2, 2]
+        message = results[0][2]
+        assert f"error: model {str(model)!r} is not readable: give 'demo', a diffusers" in message
+        assert message.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_written_is_named(tiny_model, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    target = tmp_path / "file" / "a.png"
+    results = run(2, "--model", tiny_model, "--output", target)
+    assert [code for code, _, _ in results] == [2, 2]
+    assert results[0][2].startswith(f"error: {target}: cannot be written (")
+
+
+def test_linfusion_modules_that_are_not_there_are_named(tiny_model, tmp_path):
+    target = tmp_path / "a.png"
+    results = run(2, "--model", tiny_model, "--linfusion", tmp_path / "no", "--output", target)
+    assert [code for code, _, _ in results] == [2, 2]
+    assert f"LinFusion modules '{tmp_path / 'no'}' are not readable" in results[0][2]
+    assert not target.exists()
+
+
+def paint_onto_a_full_disk(mesh, model, target):
+    """A disk that is full for one rank alone, when it closes its part."""
+    from engine.output.png import PngBand
+
+    if mesh.rank == 1:
+        PngBand.close = fail_with_full_disk
+    size = ["--height=64", "--width=64", "--steps=1"]
+    return command_line(mesh, ["--model", str(model), "--output", str(target), *size])
+
+
+def fail_with_full_disk(part):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_on_one_rank_ends_all_and_leaves_nothing(tiny_model, tmp_path):
+    target = tmp_path / "a.png"
+    results = run_ranks(2, paint_onto_a_full_disk, tiny_model, target)
+    assert [code for code, _, _ in results] == [2, 2]
+    assert results[0][2] == (
+        f"error: {target}: writing failed (no space left on device); free some space or name "
+        "another folder\n"
+    )
+    assert os.listdir(tmp_path) == []
+
+
+def torchrun(ranks, *arguments):
+    """A real `torchrun -m engine.generate`, its whole group killed when it is late."""
+    process = subprocess.Popen(
+        [*TORCHRUN, str(ranks), "-m", "engine.generate", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=Path(__file__).parents[1],
+    )
+    try:
+        out, err = process.communicate(timeout=240)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, out, err
+
+
+@pytest.mark.slow
+def test_torchrun_paints(tiny_model, tmp_path):
+    target = tmp_path / "a.png"
+    size = ["--height=72", "--width=64", "--steps=2"]
+    code, out, err = torchrun(3, "--model", tiny_model, "--output", target, *size)
+    assert code == 0, err
+    assert out.startswith(f"{target}: 64x72 px in ")
+    assert " s on 3 ranks, " in out
+    run(1, "--model", tiny_model, "--output", tmp_path / "b.png", *size)
+    assert abs(read(target) - read(tmp_path / "b.png")).max() <= 1
+
+
+@pytest.mark.slow
+def test_torchrun_ends_on_a_mistake_with_its_sentence():
+    code, _, err = torchrun(2, "--setps", "3")
+    assert code != 0
+    assert err.count("error: --setps: unknown flag; did you mean '--steps'?") == 1
+    assert "engine/generate.py" not in err, "a traceback through the engine"
