@@ -11,15 +11,15 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from engine.bands import Exchange, banded, scale_rows, split_rows
-from engine.distribute import downsampling_factor
+from engine.bands import banded, scale_rows
+from engine.bands.boundary import Layout, downsampling_factor
 
 
-def decode(vae: AutoencoderKL, latent: Tensor, exchange: Exchange | None) -> tuple[range, Tensor]:
+def decode(vae: AutoencoderKL, latent: Tensor) -> tuple[range, Tensor]:
     """Decode this rank's rows of `latent` [B, 4, H, W], which is the same on every rank.
 
     Args:
-        exchange: how `vae` is banded (`engine.distribute`), or None for a single rank.
+        vae: distributed (`engine.parallel.distribute`), or plain on a single rank.
 
     Returns:
         (pixel rows, pixels [B, 3, h, W] in -1 ... 1)
@@ -31,12 +31,13 @@ def decode(vae: AutoencoderKL, latent: Tensor, exchange: Exchange | None) -> tup
         vae.to(torch.float32)  # SDXL's activations overflow fp16, as its configuration says
     latent = _unscale(vae, latent).to(vae.dtype)
     factor = downsampling_factor(vae.config.block_out_channels)
-    if exchange is None:
+    layout: Layout | None = getattr(vae, "layout", None)
+    if layout is None:
         return range(latent.shape[-2] * factor), vae.decode(latent).sample
-    own = split_rows(latent.shape[-2], exchange.mesh.size)[exchange.mesh.rank]
-    with banded(exchange):
-        pixels = vae.decode(latent[:, :, own.start : own.stop]).sample
-    return scale_rows(own, factor), pixels
+    rows = layout.own(layout.bands(latent.shape[-2]))
+    with banded(layout.exchange):
+        pixels = vae.decode(latent[:, :, rows.start : rows.stop]).sample
+    return scale_rows(rows, factor), pixels
 
 
 def _unscale(vae: AutoencoderKL, latent: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -161,6 +162,37 @@ def self_attentions(unet: nn.Module) -> Iterator[tuple[str, Attention]]:
     for name, module in unet.named_modules():
         if isinstance(module, Attention) and name.rsplit(".", 1)[-1] == "attn1":
             yield name, module
+
+
+def linearize(pipe: DiffusionPipeline, checkpoint: str | Path = "auto") -> None:
+    """Mount LinFusion's linear attention on the UNet of `pipe`, in place.
+
+    Args:
+        checkpoint: a folder or hub id of LinFusion modules; "auto" takes those beside the model
+            (its subfolder `linfusion`), else the published ones for a UNet of this shape.
+
+    Raises:
+        UserError: there are no such modules, or they are for a UNet of another shape.
+    """
+    load(pipe.unet, _find_checkpoint(pipe, str(checkpoint)))
+
+
+def _find_checkpoint(pipe: DiffusionPipeline, checkpoint: str) -> Path:
+    if checkpoint == "auto":
+        beside = Path(pipe.config.get("_name_or_path") or "") / "linfusion"
+        if beside.is_dir():
+            return beside
+        checkpoint = published_for(pipe.unet)
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint)
+    try:
+        return Path(snapshot_download(checkpoint))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            f"LinFusion modules {checkpoint!r} are not readable: give a folder, a hub id, or "
+            f"'none' for softmax attention ({reason})"
+        ) from error
 
 
 def convert(unet: nn.Module) -> None:

@@ -24,15 +24,15 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from huggingface_hub import snapshot_download
 from torch import Tensor
 
 import engine
 from engine import codec, linfusion, output
-from engine.bands import Exchange, Mesh, max_bands
+from engine.bands import Mesh, max_bands
+from engine.bands.boundary import downsampling_factor
 from engine.config import Settings, UserError
 from engine.demo import WEIGHTS
-from engine.distribute import distribute, downsampling_factor
+from engine.parallel import distribute
 from engine.progress import progress_bar
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ class Engine:
     def __init__(self, pipe: DiffusionPipeline, mesh: Mesh) -> None:
         self.pipe = pipe
         self.mesh = mesh
-        self.exchange: Exchange | None = distribute(pipe, mesh)
+        self.traffic = distribute(pipe, mesh).traffic
         pipe.set_progress_bar_config(disable=True)
 
     @classmethod
@@ -92,10 +92,10 @@ class Engine:
         Raises:
             UserError: the picture cannot be split over this many ranks or not be written.
         """
-        start, sent_before = time.perf_counter(), self._megabytes_sent()
+        start, sent_before = time.perf_counter(), self.traffic.megabytes
         latent = self.latent(settings)
         with torch.inference_mode():
-            rows, pixels = codec.decode(self.pipe.vae, latent, self.exchange)
+            rows, pixels = codec.decode(self.pipe.vae, latent)
         self._write(settings, rows, codec.to_uint8(pixels)[0])
         return Picture(
             path=settings.output,
@@ -103,7 +103,7 @@ class Engine:
             width=settings.width,
             seconds=time.perf_counter() - start,
             ranks=self.mesh.size,
-            megabytes_sent=self._megabytes_sent() - sent_before,
+            megabytes_sent=self.traffic.megabytes - sent_before,
         )
 
     def latent(self, settings: Settings) -> Tensor:
@@ -124,9 +124,6 @@ class Engine:
                 callback_on_step_end=_on_step_end(advance),
             ).images
         return latent
-
-    def _megabytes_sent(self) -> float:
-        return self.exchange.traffic.megabytes if self.exchange else 0.0
 
     def _write(self, settings: Settings, rows: range, band: Tensor) -> None:
         """Each rank compresses its own `band` [h, W, 3]; rank 0 joins the parts and renames."""
@@ -216,9 +213,8 @@ def _load_pipeline(source: str, settings: Settings, device: torch.device) -> Dif
         pipe = pipeline_class.from_pretrained(source, dtype=_dtype(settings, device), **extras)
     except OSError as error:
         raise UserError(f"model {settings.model!r} could not be loaded: {error}") from error
-    modules = _linfusion_folder(settings, source, pipe.unet)
-    if modules:
-        linfusion.load(pipe.unet, modules)
+    if settings.linfusion != "none":
+        linfusion.linearize(pipe, settings.linfusion)
     return pipe.to(device)
 
 
@@ -227,26 +223,3 @@ def _dtype(settings: Settings, device: torch.device) -> torch.dtype:
         return torch.float16 if device.type == "cuda" else torch.float32
     dtype: torch.dtype = getattr(torch, settings.dtype)
     return dtype
-
-
-def _linfusion_folder(settings: Settings, source: str, unet: UNet2DConditionModel) -> Path | None:
-    """Where the LinFusion modules lie: beside the model, where the user says, or on the hub."""
-    if settings.linfusion == "none":
-        return None
-    if settings.linfusion != "auto":
-        return _local_folder(settings.linfusion)
-    beside = Path(source) / "linfusion"
-    return beside if beside.is_dir() else _local_folder(linfusion.published_for(unet))
-
-
-def _local_folder(name: str) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return Path(snapshot_download(name))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise UserError(
-            f"LinFusion modules {name!r} are not readable: give a folder, a hub id, or 'none' for "
-            f"softmax attention ({reason})"
-        ) from error

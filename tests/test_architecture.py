@@ -14,7 +14,7 @@ FLOORS = {
     "engine.output": 1,
     "engine.progress": 1,
     "engine.linfusion": 2,
-    "engine.distribute": 2,
+    "engine.parallel": 2,
     "engine.codec": 3,
     "engine.pipeline": 4,
     "engine.generate": 5,

@@ -8,7 +8,7 @@ from torch import nn
 
 from engine.bands import ExactExchange, Traffic, banded, split_rows
 from engine.config import UserError
-from engine.distribute import band_layers
+from engine.parallel import band_layers
 from tests.ranks import run_ranks
 
 LAYERS = {

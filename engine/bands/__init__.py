@@ -8,11 +8,13 @@ neighbours, a group norm three sums, linear attention one small matrix; nothing 
     exchange.py  what travels between ranks, and a count of it; one class per synchronisation mode
     context.py   the ambient bands: layers ask for the current exchange, and find none outside
     layers.py    convolution, group norm, down-sampling and softmax attention over bands
+    functions.py what diffusers computes over whole pictures outside of any layer
+    boundary.py  where whole tensors become bands and back: UNet, ControlNet, VAE
 """
 
 from engine.bands.context import banded, current_exchange, sum_over_bands
 from engine.bands.exchange import ExactExchange, Exchange, Traffic
-from engine.bands.mesh import Mesh, is_first_process, open_mesh
+from engine.bands.mesh import Mesh, is_first_process, join_mesh, open_mesh
 from engine.bands.rows import max_bands, scale_rows, split_rows
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "banded",
     "current_exchange",
     "is_first_process",
+    "join_mesh",
     "max_bands",
     "open_mesh",
     "scale_rows",

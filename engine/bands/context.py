@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.bands.exchange import Exchange
 
@@ -32,7 +32,7 @@ def current_exchange() -> Exchange | None:
     return _exchange.get()
 
 
-def sum_over_bands(layer: nn.Module, state: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def sum_over_bands(layer: object, state: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Sum a `state` and a `count` (of tokens, say) over all bands, in one all-reduce.
 
     Uneven bands stay right, since what is added up is not yet divided by anything. In fp32 the

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.bands.mesh import Mesh
 
@@ -28,7 +28,7 @@ class Traffic:
     bytes_sent: Counter[str] = field(default_factory=Counter)
     rounds: Counter[str] = field(default_factory=Counter)
 
-    def count(self, layer: nn.Module, sent: float) -> None:
+    def count(self, layer: object, sent: float) -> None:
         """Add one round of `layer` in which this rank sent that many bytes."""
         kind = _kind(layer)
         self.bytes_sent[kind] += round(sent)
@@ -40,7 +40,7 @@ class Traffic:
         return sum(self.bytes_sent.values()) / 1e6
 
 
-def _kind(layer: nn.Module) -> str:
+def _kind(layer: object) -> str:
     """A layer's label in the traffic: its `traffic_kind`, or the name of its class."""
     return getattr(layer, "traffic_kind", type(layer).__name__)
 
@@ -65,7 +65,7 @@ class Exchange(ABC):
 
     @abstractmethod
     def halo(
-        self, layer: nn.Module, x: Tensor, above: int, below: int
+        self, layer: object, x: Tensor, above: int, below: int
     ) -> tuple[Tensor | None, Tensor | None]:
         """The neighbours' rows next to `x` [B, C, h, W]: `above` rows over it, `below` under it.
 
@@ -73,24 +73,31 @@ class Exchange(ABC):
         """
 
     @abstractmethod
-    def sum(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def sum(self, layer: object, x: Tensor) -> Tensor:
         """The sum over all bands of `x`, which has the same shape on each of them."""
 
     @abstractmethod
-    def gather(
-        self, layer: nn.Module, x: Tensor, dim: int, lengths: list[int] | None = None
-    ) -> Tensor:
-        """All bands' `x`, one after the other along `dim`, where they may differ in length.
+    def gather(self, layer: object, x: Tensor, dim: int) -> Tensor:
+        """All bands' `x`, one after the other along `dim`, where they may differ in length."""
 
-        `lengths` are all bands' lengths there, where the caller knows them; else a round finds out.
-        """
+    def lengths(self, layer: object, own: int) -> list[int]:
+        """Every band's `own`, in order from the top: how many tokens each has, say."""
+        counts = self.mesh.gather_small(torch.tensor([own], device=self.mesh.device))
+        self.traffic.count(layer, (self.mesh.size - 1) * 8)
+        return [count for (count,) in counts]
+
+    def start(self, sample: Tensor) -> None:  # noqa: B027
+        """A network begins a forward on `sample`, the whole one; for modes that remember."""
+
+    def reset(self) -> None:  # noqa: B027
+        """Another picture begins; for modes that remember."""
 
 
 class ExactExchange(Exchange):
     """Every layer waits for what it needs: N ranks give what one rank gives, up to rounding."""
 
     def halo(
-        self, layer: nn.Module, x: Tensor, above: int, below: int
+        self, layer: object, x: Tensor, above: int, below: int
     ) -> tuple[Tensor | None, Tensor | None]:
         batch, channels, rows, width = x.shape
         # Every rank has the same plan, but only one may hold the short band; the boundary refuses
@@ -122,32 +129,29 @@ class ExactExchange(Exchange):
             work.wait()
         return sent
 
-    def sum(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def sum(self, layer: object, x: Tensor) -> Tensor:
         total = x.contiguous().clone()
         dist.all_reduce(total, group=self.mesh.group)
         size = self.mesh.size
         self.traffic.count(layer, 2 * (size - 1) / size * total.nbytes)
         return total
 
-    def gather(
-        self, layer: nn.Module, x: Tensor, dim: int, lengths: list[int] | None = None
-    ) -> Tensor:
-        if lengths is None:
-            lengths = self._gather_lengths(layer, x.shape[dim], x.device)
-        assert x.shape[dim] == lengths[self.mesh.rank]
-        # The collective wants equal shapes, so shorter pieces travel padded to the longest.
-        front = x.movedim(dim, 0)
-        padded = front.new_zeros(max(lengths), *front.shape[1:])
-        padded[: len(front)] = front
-        pieces = [torch.empty_like(padded) for _ in range(self.mesh.size)]
-        dist.all_gather(pieces, padded, group=self.mesh.group)
-        self.traffic.count(layer, (self.mesh.size - 1) * padded.nbytes)
-        joined = torch.cat([piece[:n] for piece, n in zip(pieces, lengths, strict=True)])
-        return joined.movedim(0, dim)
+    def gather(self, layer: object, x: Tensor, dim: int) -> Tensor:
+        lengths = self.lengths(layer, x.shape[dim])
+        return gather_parts(self.mesh, self.traffic, layer, x, dim, lengths)
 
-    def _gather_lengths(self, layer: nn.Module, length: int, device: torch.device) -> list[int]:
-        own = torch.tensor([length], dtype=torch.int64, device=device)
-        lengths = [torch.zeros_like(own) for _ in range(self.mesh.size)]
-        dist.all_gather(lengths, own, group=self.mesh.group)
-        self.traffic.count(layer, (self.mesh.size - 1) * own.nbytes)
-        return [int(n) for n in lengths]
+
+def gather_parts(
+    mesh: Mesh, traffic: Traffic, layer: object, x: Tensor, dim: int, lengths: list[int]
+) -> Tensor:
+    """Every rank's `x`, one after the other along `dim`, where rank r has `lengths[r]`."""
+    assert x.shape[dim] == lengths[mesh.rank]
+    # The collective wants equal shapes, so shorter pieces travel padded to the longest.
+    front = x.movedim(dim, 0)
+    padded = front.new_zeros(max(lengths), *front.shape[1:])
+    padded[: len(front)] = front
+    pieces = [torch.empty_like(padded) for _ in range(mesh.size)]
+    dist.all_gather(pieces, padded, group=mesh.group)
+    traffic.count(layer, (mesh.size - 1) * padded.nbytes)
+    joined = torch.cat([piece[:n] for piece, n in zip(pieces, lengths, strict=True)])
+    return joined.movedim(0, dim)

@@ -14,6 +14,7 @@ from typing import Self, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from engine.config import UserError
 
@@ -27,12 +28,14 @@ class Mesh:
     Attributes:
         rank, size: this rank's place among the bands, top to bottom.
         device: where this rank computes.
+        timeout_s: how long a collective may take, in seconds, before the job fails.
     """
 
     rank: int
     size: int
     device: torch.device
     group: dist.ProcessGroup | None
+    timeout_s: float = 600.0
 
     def global_rank(self, rank: int) -> int:
         """The rank in the whole job of band `rank`, as `torch.distributed` wants its peers."""
@@ -58,6 +61,46 @@ class Mesh:
     def barrier(self) -> None:
         """Wait for every rank."""
         self.gather_objects(None)
+
+    def gather_small(self, numbers: Tensor) -> list[list[int]]:
+        """Every rank's few integers, in rank order, sent from the device that they are on."""
+        if self.group is None:
+            return [numbers.tolist()]
+        parts = [torch.empty_like(numbers) for _ in range(self.size)]
+        dist.all_gather(parts, numbers, group=self.group)
+        return torch.stack(parts).tolist()
+
+    def split(self, parts: int) -> "tuple[Mesh, Mesh]":
+        """Two axes of this mesh: (across, within) `parts` equal runs of neighbouring ranks.
+
+        Rank r of 8 with parts=2 is rank r // 4 of 2 across, and rank r % 4 of 4 within. Every rank
+        has to make the same call.
+
+        Raises:
+            UserError: the ranks do not divide into that many parts.
+        """
+        if self.size % parts:
+            raise UserError(
+                f"{self.size} ranks do not fall into {parts} equal groups: start a multiple of "
+                f"{parts} ranks"
+            )
+        run = self.size // parts
+        rows = [list(range(part * run, (part + 1) * run)) for part in range(parts)]
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        return self._axis(columns), self._axis(rows)
+
+    def _axis(self, groups: list[list[int]]) -> "Mesh":
+        """The one of `groups` (of ranks of this mesh) that this rank is in, as a mesh."""
+        if len(groups[0]) == 1:
+            return Mesh(0, 1, self.device, None, self.timeout_s)
+        if len(groups) == 1:
+            return self
+        timeout = timedelta(seconds=self.timeout_s)
+        made = [dist.new_group([self.global_rank(r) for r in g], timeout) for g in groups]
+        own = next(i for i, group in enumerate(groups) if self.rank in group)
+        return Mesh(
+            groups[own].index(self.rank), len(groups[own]), self.device, made[own], self.timeout_s
+        )
 
     def gather_objects(self, value: T) -> list[T]:
         """Every rank's `value`, in rank order, on every rank."""
@@ -113,27 +156,31 @@ def open_mesh(timeout_s: float = 600.0) -> Iterator[Mesh]:
     Args:
         timeout_s: how long a collective may take before the job fails.
     """
-    owns_group = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if owns_group:
+    owns_group = not dist.is_initialized()
+    yield join_mesh(timeout_s)
+    # Only after success: with a peer gone, leaving in good order could wait for it.
+    if owns_group and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def join_mesh(timeout_s: float = 600.0) -> Mesh:
+    """As `open_mesh`, for a program that stays until it ends: two lines in a script of its own.
+
+    A process group that the program has made itself is used as it is.
+    """
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Objects and errors travel over gloo even where tensors travel over NCCL.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    yield _whole_world()
-    # Only after success: with a peer gone, leaving in good order could wait for it.
-    if owns_group:
-        dist.destroy_process_group()
+    cpu = torch.device("cpu")
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return Mesh(0, 1, cpu, None, timeout_s)
+    return Mesh(dist.get_rank(), dist.get_world_size(), cpu, dist.group.WORLD, timeout_s)
 
 
 def is_first_process() -> bool:
     """Whether this process is the one that speaks, known before any group exists."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _whole_world() -> Mesh:
-    cpu = torch.device("cpu")
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return Mesh(rank=0, size=1, device=cpu, group=None)
-    return Mesh(dist.get_rank(), dist.get_world_size(), cpu, dist.group.WORLD)
 
 
 def _choose_device(wanted: str) -> torch.device:

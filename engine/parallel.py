@@ -1,0 +1,221 @@
+"""Make a diffusers pipeline paint in bands: `distribute(pipe)`, and `collect(pipe)` to undo it.
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(...)
+    engine.linearize(pipe)                   # LinFusion's linear attention (optional)
+    engine.distribute(pipe)                  # on every rank, under torchrun
+    image = pipe("a lake at dawn").images[0] # as ever; every rank gets the whole picture
+
+Nothing is copied or wrapped. The layers that look beyond their own rows change their class
+(`engine.bands.layers`), and so do UNet, ControlNets and VAE, whose new classes scatter and gather
+(`engine.bands.boundary`), and the pipeline, whose new class lets no random number differ between
+ranks. The pipeline in between (scheduler, guidance, callbacks) sees whole latents.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    ControlNetUnionModel,
+    DiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.downsampling import Downsample2D
+from torch import nn
+
+from engine.bands import ExactExchange, Exchange, Mesh, Traffic, functions, join_mesh
+from engine.bands.boundary import (
+    Boundary,
+    ControlNetBoundary,
+    Layout,
+    UNetBoundary,
+    VAEBoundary,
+    with_boundary,
+    without_boundary,
+)
+from engine.bands.layers import BandConv2d, BandDownsample2D, BandGroupNorm, BandSelfAttention
+from engine.config import UserError
+
+# Only these very classes are swapped: a subclass may compute something else in its own forward.
+_BANDED_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: BandConv2d,
+    nn.GroupNorm: BandGroupNorm,
+    Downsample2D: BandDownsample2D,
+}
+_PLAIN_LAYERS = {banded: plain for plain, banded in _BANDED_LAYERS.items()} | {
+    BandSelfAttention: Attention
+}
+
+
+def distribute(
+    pipe: DiffusionPipeline,
+    mesh: Mesh | None = None,
+    *,
+    groups: int = 1,
+    exchange: type[Exchange] = ExactExchange,
+    check_drift: bool = True,
+) -> Layout:
+    """Band the UNet, the ControlNets and the VAE of `pipe` over all ranks, in place.
+
+    Every rank makes this call, and then every call of `pipe`, alike. Calling it again distributes
+    anew, for a pipeline that has got another ControlNet, say.
+
+    Args:
+        mesh: the ranks; by default those that torchrun started, the pipeline moving to this rank's
+            GPU where every rank has one.
+        groups: into how many groups of ranks the batch (guidance and pictures) is shared out;
+            each group cuts the picture into bands.
+        exchange: the synchronisation mode of the UNet; the VAE's is always exact.
+        check_drift: compare the latents of all ranks at each step, a round of 16 bytes.
+
+    Returns:
+        How the UNet is laid out; its `traffic` counts bytes and rounds.
+
+    Raises:
+        UserError: the pipeline has something that has no exact form over bands, or hooks that
+            would bypass the bands.
+    """
+    mesh = mesh or join_mesh().on_device("auto")
+    _refuse(pipe)
+    pipe.to(mesh.device)
+    layout, vae_layout = _layouts(mesh, groups, exchange, check_drift)
+    if mesh.size > 1:
+        functions.install()
+        for network, boundary in _networks(pipe):
+            band_layers(network)
+            _require_short_halos(network)
+            with_boundary(network, boundary, vae_layout if boundary is VAEBoundary else layout)
+        with_boundary(pipe, PipelineBoundary, layout)
+    return layout
+
+
+def _layouts(
+    mesh: Mesh, groups: int, exchange: type[Exchange], check_drift: bool
+) -> tuple[Layout, Layout]:
+    """(the UNet's and the ControlNets', the VAE's): a decoder's bands are shared by all ranks."""
+    traffic = Traffic()
+    batch, bands = mesh.split(groups)
+    alone = Mesh(0, 1, mesh.device, None)
+    unet_exchange = exchange(bands, traffic) if bands.size > 1 else None
+    vae_exchange = ExactExchange(mesh, traffic) if mesh.size > 1 else None
+    return (
+        Layout(mesh, batch, unet_exchange, traffic, check_drift),
+        Layout(mesh, alone, vae_exchange, traffic, check_drift),
+    )
+
+
+def collect(pipe: DiffusionPipeline) -> None:
+    """Undo `distribute`: `pipe` is a plain pipeline again, which computes on this rank alone."""
+    without_boundary(pipe)
+    for network, _ in _networks(pipe):
+        without_boundary(network)
+        for module in network.modules():
+            if plain := _PLAIN_LAYERS.get(type(module)):
+                module.__class__ = plain
+
+
+def _networks(pipe: DiffusionPipeline) -> Iterator[tuple[nn.Module, type[Boundary]]]:
+    """The networks that work on rows of the picture. All others run whole on every rank."""
+    yield pipe.unet, UNetBoundary
+    controlnets = getattr(pipe, "controlnet", None)
+    for controlnet in getattr(controlnets, "nets", [controlnets]):
+        if isinstance(controlnet, ControlNetModel | ControlNetUnionModel):
+            yield controlnet, ControlNetBoundary
+    if isinstance(pipe.vae, AutoencoderKL):
+        yield pipe.vae, VAEBoundary
+
+
+def band_layers(network: nn.Module) -> None:
+    """Swap the class of each layer that looks beyond its own rows; see `engine.bands.layers`."""
+    for name, module in network.named_modules():
+        if banded_class := _BANDED_LAYERS.get(type(module)):
+            module.__class__ = banded_class
+        elif type(module) is Attention and not module.is_cross_attention:
+            _require_plain_processor(name, module)
+            module.__class__ = BandSelfAttention
+
+
+def _require_short_halos(network: nn.Module) -> None:
+    """Refuse on every rank alike what a band of one row, the shortest there is, cannot serve."""
+    for name, module in network.named_modules():
+        if isinstance(module, BandConv2d) and max(module.halo_rows()) > 1:
+            raise UserError(
+                f"{name} needs a halo of {max(module.halo_rows())} rows, more than the shortest "
+                "band may have: only networks of 3x3 convolutions can be split"
+            )
+
+
+def _require_plain_processor(name: str, attention: Attention) -> None:
+    processor = type(attention.processor)
+    if processor not in (AttnProcessor, AttnProcessor2_0):
+        raise UserError(
+            f"{name} uses {processor.__name__}, which has no exact form over bands: remove that "
+            "attachment, or paint on one rank"
+        )
+
+
+def _refuse(pipe: DiffusionPipeline) -> None:
+    """What cannot be exact is refused by name, before the first step."""
+    name = type(pipe).__name__
+    unet = getattr(pipe, "unet", None)
+    if not isinstance(unet, UNet2DConditionModel):
+        raise UserError(f"{name} has no UNet2DConditionModel: only Stable Diffusion is distributed")
+    if hasattr(pipe, "set_pag_applied_layers"):
+        raise UserError(
+            f"{name} perturbs self-attention (PAG), which has no exact form over bands: use the "
+            "pipeline without PAG, or paint on one rank"
+        )
+    if getattr(unet, "position_net", None) is not None:
+        raise UserError(
+            f"{name} attends to grounding boxes (GLIGEN), which has no exact form over bands: use "
+            "a UNet without them, or paint on one rank"
+        )
+    for part, network in pipe.components.items():
+        if hasattr(network, "_hf_hook"):
+            raise UserError(
+                f"{part} has offload hooks, which would bypass the bands: call "
+                "engine.distribute(pipe) first and enable offloading after it"
+            )
+
+
+class PipelineBoundary(Boundary):
+    """In front of a pipeline's class: all ranks draw the same noise, whatever they were given."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the pipeline's own, on every rank alike."""
+        call = super().__call__  # type: ignore[misc]
+        _share_random_state(self.layout.world, kwargs.get("generator"))
+        if self.layout.exchange is not None:
+            self.layout.exchange.reset()
+        return call(*args, **kwargs)
+
+    def prepare_image(self, *args: Any, **kwargs: Any) -> Any:
+        """A ControlNet's condition picture, kept on the host, where each rank takes its rows."""
+        return super().prepare_image(*args, **_on_host(kwargs))  # type: ignore[misc]
+
+    def prepare_control_image(self, *args: Any, **kwargs: Any) -> Any:
+        """The same under the name that it has in image-to-image pipelines."""
+        return super().prepare_control_image(*args, **_on_host(kwargs))  # type: ignore[misc]
+
+
+def _on_host(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**kwargs, "device": torch.device("cpu")} if "device" in kwargs else kwargs
+
+
+def _share_random_state(mesh: Mesh, generators: Any) -> None:
+    """Give every rank rank 0's random state: of torch itself, and of the generators passed."""
+    listed = generators if isinstance(generators, list | tuple) else [generators]
+    own = [generator for generator in listed if generator is not None]
+    states = [torch.get_rng_state(), *(generator.get_state() for generator in own)]
+    if mesh.device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(mesh.device))
+    first = mesh.gather_objects(states if mesh.rank == 0 else None)[0]
+    assert first is not None
+    if mesh.device.type == "cuda":
+        torch.cuda.set_rng_state(first.pop(), mesh.device)
+    torch.set_rng_state(first[0])
+    for generator, state in zip(own, first[1:], strict=True):
+        generator.set_state(state)
