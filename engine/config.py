@@ -22,7 +22,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 from pydantic_core import ErrorDetails
 
 
@@ -47,6 +55,22 @@ def _multiple_of_8(pixels: int) -> int:
 Whole = Annotated[int, BeforeValidator(_spell_bool)]
 Real = Annotated[float, BeforeValidator(_spell_bool), Field(allow_inf_nan=False)]
 Pixels = Annotated[Whole, AfterValidator(_multiple_of_8)]
+
+
+class MeshSettings(BaseModel):
+    """The axes of the mesh that are not left to the engine; the band axis is what remains."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    guidance: Literal["auto", "1", "2"] = Field(
+        default="auto",
+        description="Groups of ranks for the two sides of guidance: 2 computes them apart.",
+    )
+
+    @field_validator("guidance", mode="before")
+    @classmethod
+    def _spell_number(cls, value: object) -> object:
+        return str(value) if isinstance(value, int) else value
 
 
 class Settings(BaseModel):
@@ -92,6 +116,9 @@ class Settings(BaseModel):
     dtype: Literal["auto", "float32", "float16", "bfloat16", "float64"] = Field(
         default="auto", description="Precision of the networks; 'auto' suits the device."
     )
+    mesh: MeshSettings = Field(
+        default=MeshSettings(), description="How the ranks share out the work."
+    )
     timeout_s: Real = Field(
         default=600.0,
         gt=0,
@@ -118,7 +145,7 @@ class Settings(BaseModel):
 
     def provenance(self) -> dict[str, str | int | float]:
         """Everything that determines the picture, for the picture's metadata. JSON-able."""
-        return self.model_dump(mode="json", exclude={"output", "device", "timeout_s"})
+        return self.model_dump(mode="json", exclude={"output", "device", "timeout_s", "mesh"})
 
 
 # --- the command line -----------------------------------------------------------------------------

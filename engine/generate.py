@@ -9,6 +9,7 @@ A user's mistake is one sentence on rank 0 and exit code 2 on every rank.
 
 import contextlib
 import io
+import logging
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -48,7 +49,10 @@ def _paint(settings: Settings, mesh: Mesh) -> "Picture":
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
-    if mesh.rank != 0:
+    if mesh.rank == 0:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("engine").setLevel(logging.INFO)
+    else:
         diffusers.utils.logging.set_verbosity_error()
 
     from engine.pipeline import Engine

@@ -11,6 +11,7 @@ compress its own rows, and one of them joins the parts. No rank ever holds the w
 
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,20 +25,25 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import engine
-from engine import codec, linfusion, output
+from engine import codec, output
 from engine.bands import Mesh, max_bands
+from engine.bands.axes import Axes, choose_axes
 from engine.bands.boundary import downsampling_factor
 from engine.config import Settings, UserError
 from engine.demo import WEIGHTS
+from engine.linfusion import linearize
 from engine.parallel import distribute
 from engine.progress import progress_bar
 
 T = TypeVar("T")
 
-_PIPELINES = {cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
+logger = logging.getLogger(__name__)
+
+_PAINTERS = (StableDiffusionPipeline.__name__, StableDiffusionXLPipeline.__name__)
 
 
 @dataclass(frozen=True)
@@ -66,10 +72,10 @@ class Picture:
 class Engine:
     """A diffusers pipeline over all ranks of `mesh`. Every rank makes the same calls."""
 
-    def __init__(self, pipe: DiffusionPipeline, mesh: Mesh) -> None:
+    def __init__(self, pipe: DiffusionPipeline, mesh: Mesh, axes: Axes) -> None:
         self.pipe = pipe
         self.mesh = mesh
-        self.traffic = distribute(pipe, mesh).traffic
+        self.traffic = distribute(pipe, mesh, groups=axes.groups).traffic
         pipe.set_progress_bar_config(disable=True)
 
     @classmethod
@@ -81,10 +87,15 @@ class Engine:
                 there or of another kind, more ranks than the height can serve, a destination that
                 cannot be written, LinFusion modules that do not fit.
         """
+        axes = _choose_axes(settings, mesh.size)
         mesh.agree(lambda: output.check_destination(settings.output))
-        source = _model_source(settings.model)
-        mesh.agree(lambda: _check_model(source, settings, mesh.size))
-        return cls(mesh.agree(lambda: _load_pipeline(source, settings, mesh.device)), mesh)
+        mesh.agree(lambda: _check_model(settings, mesh.size))
+        if mesh.rank == 0 and mesh.size > 1:
+            logger.info("%d ranks as %s", mesh.size, axes)
+        pipe = mesh.agree(
+            lambda: load(settings.model, settings.linfusion, dtype=_dtype(settings, mesh))
+        )
+        return cls(pipe, mesh, axes)
 
     def generate(self, settings: Settings) -> Picture:
         """Paint the picture of `settings` and write it to `settings.output`.
@@ -172,54 +183,102 @@ def _on_step_end(advance: Callable[[], object]) -> Callable[..., dict[str, Any]]
     return callback
 
 
+def load(model: str, linfusion: str = "auto", **options: Any) -> DiffusionPipeline:
+    """A Stable Diffusion pipeline with LinFusion's linear attention, on the CPU.
+
+    Args:
+        model: "demo", a diffusers folder, a hub id, or a single `.safetensors` file.
+        linfusion: LinFusion modules as in `engine.linearize`; "none" leaves softmax attention.
+        options: for diffusers' `from_pretrained` or `from_single_file`, such as `dtype`.
+
+    Raises:
+        UserError: there is no such model, it is of another kind, or the modules do not fit.
+    """
+    try:
+        if Path(model).suffix == ".safetensors":
+            pipe = _single_file_class(Path(model)).from_single_file(model, **options)
+        else:
+            pipe = _from_folder(_model_source(model), options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _unreadable(model, error) from error
+    if linfusion != "none":
+        linearize(pipe, linfusion)
+    return pipe
+
+
+def _from_folder(source: str, options: dict[str, Any]) -> DiffusionPipeline:
+    index = DiffusionPipeline.load_config(source)
+    # The safety checker looks at whole pictures on one device; no rank need have one.
+    extras = {"safety_checker": None} if "safety_checker" in index else {}
+    return DiffusionPipeline.from_pretrained(source, **extras, **options)
+
+
+def _single_file_class(file: Path) -> type[DiffusionPipeline]:
+    """SDXL keeps its text encoders under a name of its own; only the file's header is read."""
+    with safe_open(file, "pt") as tensors:
+        is_xl = any(key.startswith("conditioner.embedders.") for key in tensors.keys())  # noqa: SIM118
+    return StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
+
+
+def _unreadable(model: str, error: Exception) -> UserError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return UserError(
+        f"model {model!r} is not readable: give 'demo', a diffusers folder, a .safetensors file or "
+        f"a hub id ({reason})"
+    )
+
+
 def _model_source(model: str) -> str:
     return str(WEIGHTS) if model == "demo" else model
 
 
-def _check_model(source: str, settings: Settings, ranks: int) -> None:
+def _choose_axes(settings: Settings, ranks: int) -> Axes:
+    asked = settings.mesh.guidance
+    return choose_axes(
+        ranks,
+        guided=settings.guidance_scale > 1,
+        guidance=None if asked == "auto" else int(asked),
+    )
+
+
+def _check_model(settings: Settings, ranks: int) -> None:
     """Everything that the model's configuration files tell, without its weights."""
+    if Path(settings.model).suffix == ".safetensors":
+        return  # one file: nothing can be known before it is loaded
+    source = _model_source(settings.model)
     try:
         index = DiffusionPipeline.load_config(source)
         unet = UNet2DConditionModel.load_config(source, subfolder="unet")
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise _unreadable(settings.model, error) from error
+    if index.get("_class_name") not in _PAINTERS:
         raise UserError(
-            f"model {settings.model!r} is not readable: give 'demo', a diffusers folder or a hub "
-            f"id ({reason})"
-        ) from error
-    if index.get("_class_name") not in _PIPELINES:
-        raise UserError(
-            f"model {settings.model!r} is a {index.get('_class_name')}: the engine paints with "
-            f"{' and '.join(_PIPELINES)}"
+            f"model {settings.model!r} is a {index.get('_class_name')}: the command line paints "
+            f"with {' and '.join(_PAINTERS)}"
         )
-    _check_bands(settings.height, ranks, downsampling_factor(unet["block_out_channels"]))
+    _check_bands(settings, ranks, downsampling_factor(unet["block_out_channels"]))
 
 
-def _check_bands(height: int, ranks: int, row_multiple: int) -> None:
-    most = max_bands(height // 8, row_multiple)
-    if ranks > most:
+def _check_bands(settings: Settings, ranks: int, row_multiple: int) -> None:
+    """Refuse more ranks than there are rows, for the UNet or for the VAE's decoder."""
+    rows = settings.height // 8
+
+    def fits(ranks: int) -> bool:
+        with contextlib.suppress(UserError):
+            return _choose_axes(settings, ranks).band <= max_bands(rows, row_multiple)
+        return False
+
+    working = [fewer for fewer in range(1, min(ranks, rows) + 1) if fits(fewer)]
+    if ranks not in working:
+        band = _choose_axes(settings, ranks).band
         raise UserError(
-            f"a picture of {height} px height can be shared by {most} "
-            f"rank{'s' if most > 1 else ''} at most, not by {ranks}: start {most}, or ask for "
-            f"{8 * (row_multiple * (ranks - 1) + 1)} px or more"
+            f"a picture of {settings.height} px height cannot be shared by {ranks} ranks: start "
+            f"{working[-1]}, or ask for {8 * max(ranks, row_multiple * (band - 1) + 1)} px or more"
         )
 
 
-def _load_pipeline(source: str, settings: Settings, device: torch.device) -> DiffusionPipeline:
-    pipeline_class = _PIPELINES[DiffusionPipeline.load_config(source)["_class_name"]]
-    # The safety checker looks at whole pictures on one device; no rank has one.
-    extras = {"safety_checker": None} if pipeline_class is StableDiffusionPipeline else {}
-    try:
-        pipe = pipeline_class.from_pretrained(source, dtype=_dtype(settings, device), **extras)
-    except OSError as error:
-        raise UserError(f"model {settings.model!r} could not be loaded: {error}") from error
-    if settings.linfusion != "none":
-        linfusion.linearize(pipe, settings.linfusion)
-    return pipe.to(device)
-
-
-def _dtype(settings: Settings, device: torch.device) -> torch.dtype:
+def _dtype(settings: Settings, mesh: Mesh) -> torch.dtype:
     if settings.dtype == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
+        return torch.float16 if mesh.device.type == "cuda" else torch.float32
     dtype: torch.dtype = getattr(torch, settings.dtype)
     return dtype

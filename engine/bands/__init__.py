@@ -4,6 +4,7 @@ A latent of H rows is cut into bands of rows, one per rank. A convolution needs 
 neighbours, a group norm three sums, linear attention one small matrix; nothing else looks further.
 
     mesh.py      the processes: device, group, time-outs, agreeing on errors
+    axes.py      how many ranks share out pictures, sides of guidance, and rows
     rows.py      which rows belong to whom, how many halo rows a convolution needs
     exchange.py  what travels between ranks, and a count of it; one class per synchronisation mode
     context.py   the ambient bands: layers ask for the current exchange, and find none outside
