@@ -28,7 +28,7 @@ def tiny_unet(*, linear: bool = True, dtype: torch.dtype = torch.float64) -> UNe
     )
     if linear:
         linfusion.convert(unet)
-    return _randomise(unet).to(dtype)
+    return randomise(unet).to(dtype)
 
 
 def tiny_vae(dtype: torch.dtype = torch.float64) -> AutoencoderKL:
@@ -43,10 +43,10 @@ def tiny_vae(dtype: torch.dtype = torch.float64) -> AutoencoderKL:
         latent_channels=4,
         sample_size=64,
     )
-    return _randomise(vae).to(dtype)
+    return randomise(vae).to(dtype)
 
 
-def _randomise(network: nn.Module) -> nn.Module:
+def randomise(network: nn.Module) -> nn.Module:
     """Random weights of a sensible size, also where training starts from ones or zeros."""
     for name, parameter in network.named_parameters():
         # By name, so that networks that differ in some layers agree in all others.
@@ -70,8 +70,8 @@ def save_tiny_pipeline(folder: Path) -> None:
     linfusion.save(unet, folder / "linfusion")
     StableDiffusionPipeline(
         vae=tiny_vae(torch.float32),
-        text_encoder=_tiny_text_encoder(),
-        tokenizer=_byte_tokenizer(folder),
+        text_encoder=tiny_text_encoder(),
+        tokenizer=byte_tokenizer(folder),
         unet=tiny_unet(linear=False, dtype=torch.float32),
         scheduler=DDIMScheduler(clip_sample=False),
         safety_checker=None,
@@ -80,7 +80,7 @@ def save_tiny_pipeline(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def _byte_tokenizer(folder: Path) -> CLIPTokenizer:
+def byte_tokenizer(folder: Path) -> CLIPTokenizer:
     """Every byte is a token of its own, so that any prompt in any script tokenises."""
     letters = pre_tokenizers.ByteLevel.alphabet()
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|start|>", "<|end|>"]
@@ -98,7 +98,7 @@ def _byte_tokenizer(folder: Path) -> CLIPTokenizer:
     )
 
 
-def _tiny_text_encoder() -> CLIPTextModel:
+def tiny_text_encoder() -> CLIPTextModel:
     torch.manual_seed(0)
     config = CLIPTextConfig(
         vocab_size=514,
