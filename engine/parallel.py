@@ -11,7 +11,7 @@ Nothing is copied or wrapped. The layers that look beyond their own rows change 
 ranks. The pipeline in between (scheduler, guidance, callbacks) sees whole latents.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def distribute(
     mesh: Mesh | None = None,
     *,
     groups: int = 1,
-    exchange: type[Exchange] = ExactExchange,
+    exchange: Callable[[Mesh, Traffic], Exchange] = ExactExchange,
     check_drift: bool = True,
 ) -> Layout:
     """Band the UNet, the ControlNets and the VAE of `pipe` over all ranks, in place.
@@ -68,7 +68,8 @@ def distribute(
             GPU where every rank has one.
         groups: into how many groups of ranks the batch (guidance and pictures) is shared out;
             each group cuts the picture into bands.
-        exchange: the synchronisation mode of the UNet; the VAE's is always exact.
+        exchange: the synchronisation mode of the UNet, made of a mesh and its traffic: a class, or
+            `partial(DisplacedExchange, warmup_steps=2)`. The VAE's is always exact.
         check_drift: compare the latents of all ranks at each step, a round of 16 bytes.
 
     Returns:
@@ -93,7 +94,7 @@ def distribute(
 
 
 def _layouts(
-    mesh: Mesh, groups: int, exchange: type[Exchange], check_drift: bool
+    mesh: Mesh, groups: int, exchange: Callable[[Mesh, Traffic], Exchange], check_drift: bool
 ) -> tuple[Layout, Layout]:
     """(the UNet's and the ControlNets', the VAE's): a decoder's bands are shared by all ranks."""
     traffic = Traffic()
@@ -188,9 +189,12 @@ class PipelineBoundary(Boundary):
         """As the pipeline's own, on every rank alike."""
         call = super().__call__  # type: ignore[misc]
         _share_random_state(self.layout.world, kwargs.get("generator"))
-        if self.layout.exchange is not None:
-            self.layout.exchange.reset()
-        return call(*args, **kwargs)
+        if self.layout.exchange is None:
+            return call(*args, **kwargs)
+        self.layout.exchange.reset()
+        output = call(*args, **kwargs)
+        self.layout.exchange.reset()  # nothing is left on its way, and no buffers are held
+        return output
 
     def prepare_image(self, *args: Any, **kwargs: Any) -> Any:
         """A ControlNet's condition picture, kept on the host, where each rank takes its rows."""

@@ -7,6 +7,7 @@ neighbours, a group norm three sums, linear attention one small matrix; nothing 
     axes.py      how many ranks share out pictures, sides of guidance, and rows
     rows.py      which rows belong to whom, how many halo rows a convolution needs
     exchange.py  what travels between ranks, and a count of it; one class per synchronisation mode
+    displaced.py the mode that takes from the others what they had one step before
     context.py   the ambient bands: layers ask for the current exchange, and find none outside
     layers.py    convolution, group norm, down-sampling and softmax attention over bands
     functions.py what diffusers computes over whole pictures outside of any layer
@@ -14,11 +15,13 @@ neighbours, a group norm three sums, linear attention one small matrix; nothing 
 """
 
 from engine.bands.context import banded, current_exchange, sum_over_bands
+from engine.bands.displaced import DisplacedExchange
 from engine.bands.exchange import ExactExchange, Exchange, Traffic
 from engine.bands.mesh import Mesh, is_first_process, join_mesh, open_mesh
 from engine.bands.rows import max_bands, scale_rows, split_rows
 
 __all__ = [
+    "DisplacedExchange",
     "ExactExchange",
     "Exchange",
     "Mesh",

@@ -1,20 +1,27 @@
 """What travels between the ranks of one picture.
 
 A synchronisation mode is one class with three methods: halo rows from the neighbours, a sum over
-all bands, and all bands' tokens. `ExactExchange` waits for each in the step that it belongs to, so
-that N ranks compute what one rank computes. Every method is told the `layer` that asks: it labels
-the count of bytes, and a mode that remembers (stale halos, stale sums) can remember per layer.
+all bands, and all bands' tokens. Every method is told the `layer` that asks: it labels the count of
+bytes, and a mode that remembers can remember per layer.
+
+What travels is the same in all modes, and is set off by `send_halo`, `send_sum` and `send_parts`,
+each of which returns a `Transfer` at once. The modes differ in when they wait for it:
+`ExactExchange` in the layer that it belongs to, so that N ranks compute what one rank computes;
+`engine.bands.displaced` when the layer is next asked, one denoising step later.
 """
 
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from engine.bands.mesh import Mesh
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -99,59 +106,115 @@ class ExactExchange(Exchange):
     def halo(
         self, layer: object, x: Tensor, above: int, below: int
     ) -> tuple[Tensor | None, Tensor | None]:
-        batch, channels, rows, width = x.shape
-        # Every rank has the same plan, but only one may hold the short band; the boundary refuses
-        # such plans on all ranks alike (`distribute`), so this cannot be a user's mistake.
-        assert max(above, below) <= rows, f"a band of {rows} rows cannot serve {above, below}"
-        from_above = None if self.is_top else x.new_empty(batch, channels, above, width)
-        from_below = None if self.is_bottom else x.new_empty(batch, channels, below, width)
-        up, down = self.mesh.rank - 1, self.mesh.rank + 1
-        sends = [(down, x[:, :, rows - above :], from_below), (up, x[:, :, :below], from_above)]
-        sent = self._swap(
-            [(peer, rows_out.contiguous(), rows_in) for peer, rows_out, rows_in in sends]
-        )
-        self.traffic.count(layer, sent)
-        return from_above, from_below
-
-    def _swap(self, pairs: list[tuple[int, Tensor, Tensor | None]]) -> int:
-        """Send and receive with each (peer, out, in) at once; a peer outside is skipped."""
-        operations, sent = [], 0
-        for peer, rows_out, rows_in in pairs:
-            if rows_in is None:
-                continue
-            to = self.mesh.global_rank(peer)
-            if rows_out.numel():
-                operations.append(dist.P2POp(dist.isend, rows_out, to, self.mesh.group))
-                sent += rows_out.nbytes
-            if rows_in.numel():
-                operations.append(dist.P2POp(dist.irecv, rows_in, to, self.mesh.group))
-        for work in dist.batch_isend_irecv(operations) if operations else []:
-            work.wait()
-        return sent
+        return send_halo(self.mesh, self.traffic, layer, x, above, below).wait()
 
     def sum(self, layer: object, x: Tensor) -> Tensor:
-        total = x.contiguous().clone()
-        dist.all_reduce(total, group=self.mesh.group)
-        size = self.mesh.size
-        self.traffic.count(layer, 2 * (size - 1) / size * total.nbytes)
-        return total
+        return send_sum(self.mesh, self.traffic, layer, x).wait()
 
     def gather(self, layer: object, x: Tensor, dim: int) -> Tensor:
         lengths = self.lengths(layer, x.shape[dim])
         return gather_parts(self.mesh, self.traffic, layer, x, dim, lengths)
 
 
-def gather_parts(
+# --- what every mode sends ------------------------------------------------------------------------
+
+
+@dataclass
+class Transfer(Generic[T]):
+    """Tensors on their way between ranks. Every rank sets off the same ones in the same order.
+
+    Attributes:
+        result: what arrives; complete after `wait()`.
+        own: what this rank put in. Nobody may change it, nor `result`.
+        works: what `torch.distributed` is still busy with.
+        buffers: all tensors that the transfer holds, each once.
+    """
+
+    result: T
+    own: list[Tensor]
+    works: list[dist.Work]
+    buffers: list[Tensor]
+
+    def wait(self) -> T:
+        """The result, once all of it is here and all of `own` is away."""
+        for work in self.works:
+            work.wait()
+        self.works = []
+        return self.result
+
+
+Halo = tuple[Tensor | None, Tensor | None]
+
+
+def send_halo(
+    mesh: Mesh, traffic: Traffic, layer: object, x: Tensor, above: int, below: int
+) -> Transfer[Halo]:
+    """Swap rows with the neighbours: `Exchange.halo`, not waited for."""
+    batch, channels, rows, width = x.shape
+    # Every rank has the same plan, but only one may hold the short band; the boundary refuses
+    # such plans on all ranks alike (`distribute`), so this cannot be a user's mistake.
+    assert max(above, below) <= rows, f"a band of {rows} rows cannot serve {above, below}"
+    is_top, is_bottom = mesh.rank == 0, mesh.rank == mesh.size - 1
+    from_above = None if is_top else x.new_empty(batch, channels, above, width)
+    from_below = None if is_bottom else x.new_empty(batch, channels, below, width)
+    swaps = [
+        (mesh.rank + 1, x[:, :, rows - above :], from_below),
+        (mesh.rank - 1, x[:, :, :below], from_above),
+    ]
+    # Cloned, since the layer may go on to change its activations before they are away.
+    pairs = [
+        (mesh.global_rank(peer), rows_out.clone(memory_format=torch.contiguous_format), rows_in)
+        for peer, rows_out, rows_in in swaps
+        if rows_in is not None
+    ]
+    own, arriving = [out for _, out, _ in pairs], [rows_in for _, _, rows_in in pairs]
+    traffic.count(layer, sum(rows_out.nbytes for rows_out in own))
+    return Transfer((from_above, from_below), own, _swap(mesh, pairs), own + arriving)
+
+
+def _swap(mesh: Mesh, pairs: list[tuple[int, Tensor, Tensor]]) -> list[dist.Work]:
+    """Send and receive with each (peer, out, in) at once."""
+    operations = []
+    for peer, rows_out, rows_in in pairs:
+        if rows_out.numel():
+            operations.append(dist.P2POp(dist.isend, rows_out, peer, mesh.group))
+        if rows_in.numel():
+            operations.append(dist.P2POp(dist.irecv, rows_in, peer, mesh.group))
+    return dist.batch_isend_irecv(operations) if operations else []
+
+
+def send_sum(mesh: Mesh, traffic: Traffic, layer: object, x: Tensor) -> Transfer[Tensor]:
+    """All-reduce `x`: `Exchange.sum`, not waited for."""
+    total = x.clone(memory_format=torch.contiguous_format)
+    work = dist.all_reduce(total, group=mesh.group, async_op=True)
+    traffic.count(layer, 2 * (mesh.size - 1) / mesh.size * total.nbytes)
+    return Transfer(total, [x], [work], [total, x])
+
+
+def send_parts(
     mesh: Mesh, traffic: Traffic, layer: object, x: Tensor, dim: int, lengths: list[int]
-) -> Tensor:
-    """Every rank's `x`, one after the other along `dim`, where rank r has `lengths[r]`."""
+) -> Transfer[list[Tensor]]:
+    """All-gather `x`, not waited for: parts for `join_parts`, each as long as the longest."""
     assert x.shape[dim] == lengths[mesh.rank]
     # The collective wants equal shapes, so shorter pieces travel padded to the longest.
     front = x.movedim(dim, 0)
     padded = front.new_zeros(max(lengths), *front.shape[1:])
     padded[: len(front)] = front
-    pieces = [torch.empty_like(padded) for _ in range(mesh.size)]
-    dist.all_gather(pieces, padded, group=mesh.group)
+    parts = [padded if r == mesh.rank else torch.empty_like(padded) for r in range(mesh.size)]
+    work = dist.all_gather(parts, padded, group=mesh.group, async_op=True)
     traffic.count(layer, (mesh.size - 1) * padded.nbytes)
-    joined = torch.cat([piece[:n] for piece, n in zip(pieces, lengths, strict=True)])
+    return Transfer(parts, [padded], [work], parts)
+
+
+def join_parts(parts: list[Tensor], dim: int, lengths: list[int]) -> Tensor:
+    """The first `lengths[r]` of each rank r's part, one after the other along `dim`."""
+    joined = torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
     return joined.movedim(0, dim)
+
+
+def gather_parts(
+    mesh: Mesh, traffic: Traffic, layer: object, x: Tensor, dim: int, lengths: list[int]
+) -> Tensor:
+    """Every rank's `x`, one after the other along `dim`, where rank r has `lengths[r]`."""
+    parts = send_parts(mesh, traffic, layer, x, dim, lengths).wait()
+    return join_parts(parts, dim, lengths)
