@@ -14,6 +14,7 @@ ranks. The pipeline in between (scheduler, guidance, callbacks) sees whole laten
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -80,7 +81,8 @@ def distribute(
             would bypass the bands.
     """
     mesh = mesh or join_mesh().on_device("auto")
-    _refuse(pipe)
+    _require_same_versions(mesh)
+    mesh.agree(lambda: _refuse(pipe))
     pipe.to(mesh.device)
     layout, vae_layout = _layouts(mesh, groups, exchange, check_drift)
     if mesh.size > 1:
@@ -156,6 +158,17 @@ def _require_plain_processor(name: str, attention: Attention) -> None:
             f"{name} uses {processor.__name__}, which has no exact form over bands: remove that "
             "attachment, or paint on one rank"
         )
+
+
+def _require_same_versions(mesh: Mesh) -> None:
+    """Ranks with other libraries would compute something else, or wait for what never comes."""
+    versions = mesh.gather_objects(f"torch {torch.__version__}, diffusers {diffusers.__version__}")
+    for rank, version in enumerate(versions):
+        if version != versions[0]:
+            raise UserError(
+                f"rank {rank} runs {version}, but rank 0 runs {versions[0]}: install the same "
+                "versions everywhere"
+            )
 
 
 def _refuse(pipe: DiffusionPipeline) -> None:

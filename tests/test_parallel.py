@@ -1,12 +1,14 @@
 """Whole networks over bands against the same networks in one process, in float64."""
 
 import json
+import re
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 
+import engine
 from engine import codec
 from engine.bands import ExactExchange, Mesh, Traffic
 from engine.bands.boundary import (
@@ -18,7 +20,7 @@ from engine.bands.boundary import (
 )
 from engine.config import UserError
 from engine.parallel import band_layers
-from tests.models import latent, tiny_unet, tiny_vae
+from tests.models import latent, save_tiny_pipeline, tiny_unet, tiny_vae
 from tests.ranks import run_ranks
 
 SIZES = [(64, 64), (32, 48), (41, 32)]  # latent rows and columns of 512x512, 384x256, 256x328 px
@@ -174,3 +176,20 @@ def test_down_sampling_factors_of_the_real_models():
     assert downsampling_factor([320, 640, 1280, 1280]) == 8  # SD-1.5: rows in blocks of 8
     assert downsampling_factor([320, 640, 1280]) == 4  # SDXL
     assert downsampling_factor([128, 256, 512, 512]) == 8  # their VAE: 8 pixels a latent row
+
+
+def other_version_on_rank_1(mesh, folder):
+    import diffusers
+
+    pipe = engine.load(str(folder))
+    if mesh.rank == 1:
+        diffusers.__version__ = "0.30.0"
+    with pytest.raises(UserError) as caught:
+        engine.distribute(pipe, mesh)
+    return str(caught.value)
+
+
+def test_mixed_versions_are_refused_on_every_rank(tmp_path):
+    save_tiny_pipeline(tmp_path)
+    for sentence in run_ranks(2, other_version_on_rank_1, tmp_path):
+        assert re.match(r"rank 1 runs torch .*, diffusers 0.30.0, but rank 0 runs torch", sentence)
