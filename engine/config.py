@@ -29,7 +29,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    field_validator,
+    model_validator,
 )
 from pydantic_core import ErrorDetails
 
@@ -57,20 +57,36 @@ Real = Annotated[float, BeforeValidator(_spell_bool), Field(allow_inf_nan=False)
 Pixels = Annotated[Whole, AfterValidator(_multiple_of_8)]
 
 
+def _spell_whole(value: object) -> object:
+    """YAML's 2 as the word that is one of a few choices."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class MeshSettings(BaseModel):
-    """The axes of the mesh that are not left to the engine; the band axis is what remains."""
+    """How the ranks share out the work; the band axis is what the other axes leave."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    guidance: Literal["auto", "1", "2"] = Field(
+    guidance: Annotated[Literal["auto", "1", "2"], BeforeValidator(_spell_whole)] = Field(
         default="auto",
         description="Groups of ranks for the two sides of guidance: 2 computes them apart.",
     )
+    synchronisation: Literal["exact", "displaced"] = Field(
+        default="exact",
+        description="'exact' waits for the other bands at every layer; 'displaced' takes what they "
+        "had a step ago, for small pictures on many GPUs, and changes the picture a little.",
+    )
+    warmup_steps: Whole = Field(
+        default=4, ge=1, description="Exact steps at the start of a picture in displaced mode."
+    )
 
-    @field_validator("guidance", mode="before")
-    @classmethod
-    def _spell_number(cls, value: object) -> object:
-        return str(value) if isinstance(value, int) else value
+    @model_validator(mode="after")
+    def _no_idle_warmup(self) -> Self:
+        if self.synchronisation == "exact" and "warmup_steps" in self.model_fields_set:
+            raise ValueError(
+                "warmup_steps goes with synchronisation displaced: choose it, or leave it out"
+            )
+        return self
 
 
 class Settings(BaseModel):
@@ -145,7 +161,10 @@ class Settings(BaseModel):
 
     def provenance(self) -> dict[str, str | int | float]:
         """Everything that determines the picture, for the picture's metadata. JSON-able."""
-        return self.model_dump(mode="json", exclude={"output", "device", "timeout_s", "mesh"})
+        facts = self.model_dump(mode="json", exclude={"output", "device", "timeout_s", "mesh"})
+        if self.mesh.synchronisation != "exact":
+            facts |= self.mesh.model_dump(mode="json", include={"synchronisation", "warmup_steps"})
+        return facts
 
 
 # --- the command line -----------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -30,7 +31,7 @@ from torch import Tensor
 
 import engine
 from engine import codec, output
-from engine.bands import Mesh, max_bands
+from engine.bands import DisplacedExchange, ExactExchange, Exchange, Mesh, Traffic, max_bands
 from engine.bands.axes import Axes, choose_axes
 from engine.bands.boundary import downsampling_factor
 from engine.config import Settings, UserError
@@ -72,10 +73,17 @@ class Picture:
 class Engine:
     """A diffusers pipeline over all ranks of `mesh`. Every rank makes the same calls."""
 
-    def __init__(self, pipe: DiffusionPipeline, mesh: Mesh, axes: Axes) -> None:
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        mesh: Mesh,
+        groups: int = 1,
+        exchange: Callable[[Mesh, Traffic], Exchange] = ExactExchange,
+    ) -> None:
+        """Distribute `pipe` over `mesh`; `groups` and `exchange` as in `engine.distribute`."""
         self.pipe = pipe
         self.mesh = mesh
-        self.traffic = distribute(pipe, mesh, groups=axes.groups).traffic
+        self.traffic = distribute(pipe, mesh, groups=groups, exchange=exchange).traffic
         pipe.set_progress_bar_config(disable=True)
 
     @classmethod
@@ -95,7 +103,7 @@ class Engine:
         pipe = mesh.agree(
             lambda: load(settings.model, settings.linfusion, dtype=_dtype(settings, mesh))
         )
-        return cls(pipe, mesh, axes)
+        return cls(pipe, mesh, axes.groups, _exchange(settings))
 
     def generate(self, settings: Settings) -> Picture:
         """Paint the picture of `settings` and write it to `settings.output`.
@@ -239,6 +247,12 @@ def _choose_axes(settings: Settings, ranks: int) -> Axes:
         guided=settings.guidance_scale > 1,
         guidance=None if asked == "auto" else int(asked),
     )
+
+
+def _exchange(settings: Settings) -> Callable[[Mesh, Traffic], Exchange]:
+    if settings.mesh.synchronisation == "exact":
+        return ExactExchange
+    return partial(DisplacedExchange, warmup_steps=settings.mesh.warmup_steps)
 
 
 def _check_model(settings: Settings, ranks: int) -> None:

@@ -150,7 +150,8 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         if name != "mesh":
             assert f"--{name.replace('_', '-')} " in text
             assert info.description in text
-    assert "--mesh.guidance {auto,1,2}" in text
+    for flag in ("guidance {auto,1,2}", "synchronisation {exact,displaced}", "warmup-steps"):
+        assert f"--mesh.{flag}" in text
     assert "--config FILE.yaml" in text
     assert "--encode.bits INT" in text
     assert "--device {auto,cpu,cuda}" in text
@@ -278,3 +279,18 @@ def test_files_that_cannot_be_read() -> None:
     assert refusal("--config", "folder") == sentence
     Path("latin.yaml").write_bytes(b"prompt: B\xe4ume")
     assert refusal("--config", "latin.yaml") == "latin.yaml: not UTF-8 text; save it as UTF-8"
+
+
+def test_an_option_that_would_be_ignored_is_refused() -> None:
+    with pytest.raises(UserError) as caught:
+        Settings.load(["--mesh.warmup-steps=2"])
+    assert str(caught.value) == (
+        "mesh: warmup_steps goes with synchronisation displaced: choose it, or leave it out"
+    )
+
+
+def test_what_changes_the_picture_is_in_the_provenance() -> None:
+    displaced = Settings.load(["--mesh.synchronisation=displaced", "--mesh.warmup-steps=2"])
+    assert displaced.provenance()["synchronisation"] == "displaced"
+    assert displaced.provenance()["warmup_steps"] == 2
+    assert "synchronisation" not in Settings.load(["--mesh.guidance=1"]).provenance()

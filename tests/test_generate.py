@@ -116,6 +116,23 @@ def test_a_configuration_file_is_read_and_flags_win_over_it(tiny_model, tmp_path
     assert read(target).shape == (32, 48, 3)
 
 
+def test_displaced_mode_is_another_picture_and_says_so(tiny_model, tmp_path):
+    def paint(name, *flags):
+        target = tmp_path / name
+        size = ["--height=64", "--width=64", "--steps=4", "--mesh.guidance=1", *flags]
+        codes = [code for code, _, _ in run(2, "--model", tiny_model, "--output", target, *size)]
+        assert codes == [0, 0]
+        return read(target), json.loads(Image.open(target).text["linfusion-engine"])
+
+    exact, _ = paint("exact.png")
+    displaced = ["--mesh.synchronisation=displaced", "--mesh.warmup-steps"]
+    warm, facts = paint("warm.png", *displaced, "4")
+    stale, _ = paint("stale.png", *displaced, "1")
+    assert (facts["synchronisation"], facts["warmup_steps"]) == ("displaced", 4)
+    assert (warm == exact).all()
+    assert (stale != exact).any()
+
+
 MISTAKES = {
     "unknown flag": (["--heigth=64"], "--heigth: unknown flag; did you mean '--height'?"),
     "no multiple of 8": (
