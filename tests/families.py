@@ -37,7 +37,7 @@ from engine import linfusion
 from tests.models import byte_tokenizer, randomise, tiny_vae
 
 TEXT_WIDTH = 24  # SDXL concatenates two encoders of it
-IP_TOKENS = 5
+IP_TOKENS = 4  # of an IP-Adapter with one projection
 
 
 # --- the families ---------------------------------------------------------------------------------
@@ -141,10 +141,8 @@ def _quiet(pipe):
 
 def scheduler(**options):
     """DDIM with Stable Diffusion's noise schedule, deterministic unless eta is given."""
-    return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-        **options,
-    )  # fmt: skip
+    usual = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    return DDIMScheduler(**{**usual, "clip_sample": False, "steps_offset": 1, **options})
 
 
 def finished(network):
@@ -199,9 +197,12 @@ def image_processor():
 # --- attachments ----------------------------------------------------------------------------------
 
 
-def controlnet(unet, **options):
-    """A ControlNet for a softmax `unet`, its zero convolutions made random."""
-    return finished(ControlNetModel.from_config({**_controlnet_config(unet), **options}))
+def controlnet(unet, other=False, **options):
+    """A ControlNet for a softmax `unet`, its zero convolutions made random; or another one."""
+    net = finished(ControlNetModel.from_config({**_controlnet_config(unet), **options}))
+    for parameter in net.parameters() if other else ():
+        parameter.data = parameter.data.flip(0)
+    return net
 
 
 def controlnet_union(unet):

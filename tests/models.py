@@ -82,7 +82,7 @@ def save_tiny_pipeline(folder: Path) -> None:
 
 def byte_tokenizer(folder: Path) -> CLIPTokenizer:
     """Every byte is a token of its own, so that any prompt in any script tokenises."""
-    letters = pre_tokenizers.ByteLevel.alphabet()
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # it comes in any order
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|start|>", "<|end|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
