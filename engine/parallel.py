@@ -11,6 +11,7 @@ Nothing is copied or wrapped. The layers that look beyond their own rows change 
 ranks. The pipeline in between (scheduler, guidance, callbacks) sees whole latents.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -45,6 +46,15 @@ _BANDED_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: BandConv2d,
     nn.GroupNorm: BandGroupNorm,
     Downsample2D: BandDownsample2D,
+}
+# The blocks of Stable Diffusion, whose every operation is known; others pool, say, or resize.
+_BLOCKS = {
+    "CrossAttnDownBlock2D",
+    "CrossAttnUpBlock2D",
+    "DownBlock2D",
+    "UNetMidBlock2D",
+    "UNetMidBlock2DCrossAttn",
+    "UpBlock2D",
 }
 _PLAIN_LAYERS = {banded: plain for plain, banded in _BANDED_LAYERS.items()} | {
     BandSelfAttention: Attention
@@ -127,17 +137,17 @@ def _networks(pipe: DiffusionPipeline) -> Iterator[tuple[nn.Module, type[Boundar
     for controlnet in getattr(controlnets, "nets", [controlnets]):
         if isinstance(controlnet, ControlNetModel | ControlNetUnionModel):
             yield controlnet, ControlNetBoundary
-    if isinstance(pipe.vae, AutoencoderKL):
+    if isinstance(getattr(pipe, "vae", None), AutoencoderKL):
         yield pipe.vae, VAEBoundary
 
 
 def band_layers(network: nn.Module) -> None:
     """Swap the class of each layer that looks beyond its own rows; see `engine.bands.layers`."""
-    for name, module in network.named_modules():
+    _require_plain_processors(network)
+    for module in network.modules():
         if banded_class := _BANDED_LAYERS.get(type(module)):
             module.__class__ = banded_class
         elif type(module) is Attention and not module.is_cross_attention:
-            _require_plain_processor(name, module)
             module.__class__ = BandSelfAttention
 
 
@@ -151,13 +161,16 @@ def _require_short_halos(network: nn.Module) -> None:
             )
 
 
-def _require_plain_processor(name: str, attention: Attention) -> None:
-    processor = type(attention.processor)
-    if processor not in (AttnProcessor, AttnProcessor2_0):
-        raise UserError(
-            f"{name} uses {processor.__name__}, which has no exact form over bands: remove that "
-            "attachment, or paint on one rank"
-        )
+def _require_plain_processors(network: nn.Module) -> None:
+    """No processor is asked over bands, so one that does something else would be ignored."""
+    for name, module in network.named_modules():
+        if isinstance(module, Attention) and not module.is_cross_attention:
+            processor = type(module.processor)
+            if processor not in (AttnProcessor, AttnProcessor2_0):
+                raise UserError(
+                    f"{name} uses {processor.__name__}, which has no exact form over bands: remove "
+                    "that attachment, or paint on one rank"
+                )
 
 
 def _require_same_versions(mesh: Mesh) -> None:
@@ -177,6 +190,12 @@ def _refuse(pipe: DiffusionPipeline) -> None:
     unet = getattr(pipe, "unet", None)
     if not isinstance(unet, UNet2DConditionModel):
         raise UserError(f"{name} has no UNet2DConditionModel: only Stable Diffusion is distributed")
+    blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+    if unknown := {type(b).__name__ for b in blocks if b is not None} - _BLOCKS:
+        raise UserError(
+            f"{name} has a UNet of {', '.join(sorted(unknown))}, with no exact form over bands: "
+            "only Stable Diffusion is distributed"
+        )
     if hasattr(pipe, "set_pag_applied_layers"):
         raise UserError(
             f"{name} perturbs self-attention (PAG), which has no exact form over bands: use the "
@@ -187,8 +206,14 @@ def _refuse(pipe: DiffusionPipeline) -> None:
             f"{name} attends to grounding boxes (GLIGEN), which has no exact form over bands: use "
             "a UNet without them, or paint on one rank"
         )
+    _refuse_hooks(pipe)
+
+
+def _refuse_hooks(pipe: DiffusionPipeline) -> None:
+    """Hooks of accelerate and diffusers keep the `forward` of the class that a layer had."""
     for part, network in pipe.components.items():
-        if hasattr(network, "_hf_hook"):
+        modules = network.modules() if isinstance(network, nn.Module) else ()
+        if any(hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") for m in modules):
             raise UserError(
                 f"{part} has offload hooks, which would bypass the bands: call "
                 "engine.distribute(pipe) first and enable offloading after it"
@@ -201,13 +226,22 @@ class PipelineBoundary(Boundary):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the pipeline's own, on every rank alike."""
         call = super().__call__  # type: ignore[misc]
-        _share_random_state(self.layout.world, kwargs.get("generator"))
+        self._refuse_attachments()
+        given = inspect.signature(call).bind(*args, **kwargs).arguments
+        _share_random_state(self.layout.world, given.get("generator"))
         if self.layout.exchange is None:
             return call(*args, **kwargs)
         self.layout.exchange.reset()
         output = call(*args, **kwargs)
         self.layout.exchange.reset()  # nothing is left on its way, and no buffers are held
         return output
+
+    def _refuse_attachments(self) -> None:
+        """What was attached after `distribute` is refused before the first step too."""
+        for network, _ in _networks(self):
+            _require_plain_processors(network)
+            if isinstance(network, VAEBoundary):
+                network.refuse_tiling()
 
     def prepare_image(self, *args: Any, **kwargs: Any) -> Any:
         """A ControlNet's condition picture, kept on the host, where each rank takes its rows."""
@@ -229,8 +263,14 @@ def _share_random_state(mesh: Mesh, generators: Any) -> None:
     states = [torch.get_rng_state(), *(generator.get_state() for generator in own)]
     if mesh.device.type == "cuda":
         states.append(torch.cuda.get_rng_state(mesh.device))
-    first = mesh.gather_objects(states if mesh.rank == 0 else None)[0]
-    assert first is not None
+    gathered = mesh.gather_objects((len(own), states if mesh.rank == 0 else []))
+    wanted, first = gathered[0]
+    for rank, (count, _) in enumerate(gathered):
+        if count != wanted:
+            raise UserError(
+                f"rank {rank} was given {count} generators, rank 0 {wanted}: make the same call on "
+                "every rank"
+            )
     if mesh.device.type == "cuda":
         torch.cuda.set_rng_state(first.pop(), mesh.device)
     torch.set_rng_state(first[0])

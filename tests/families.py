@@ -95,10 +95,9 @@ def sdxl(pipeline=StableDiffusionXLPipeline, in_channels=4, **parts):
         parts = {"image_encoder": image_encoder(), "feature_extractor": image_processor(), **parts}
     return _quiet(
         pipeline(
-            vae=tiny_vae(), text_encoder=_text_encoder(CLIPTextModel),
+            vae=_xl_vae(), text_encoder=_text_encoder(CLIPTextModel),
             text_encoder_2=_text_encoder(CLIPTextModelWithProjection), tokenizer=_tokenizer(),
-            tokenizer_2=_tokenizer(), unet=finished(unet), scheduler=scheduler(),
-            add_watermarker=False, **parts,
+            tokenizer_2=_tokenizer(), unet=finished(unet), scheduler=scheduler(), **parts,
         )
     )  # fmt: skip
 
@@ -108,11 +107,17 @@ def sdxl_refiner(pipeline):
     unet = _xl_unet(TEXT_WIDTH, 4, size_numbers=5)
     return _quiet(
         pipeline(
-            vae=tiny_vae(), text_encoder=None, tokenizer=None, tokenizer_2=_tokenizer(),
+            vae=_xl_vae(), text_encoder=None, tokenizer=None, tokenizer_2=_tokenizer(),
             text_encoder_2=_text_encoder(CLIPTextModelWithProjection), unet=finished(unet),
-            scheduler=scheduler(), requires_aesthetics_score=True, add_watermarker=False,
+            scheduler=scheduler(), requires_aesthetics_score=True,
         )
     )  # fmt: skip
+
+
+def _xl_vae():
+    vae = tiny_vae()
+    vae.register_to_config(force_upcast=False)  # to fp32, from float64 too
+    return vae
 
 
 def _xl_unet(text_width, in_channels, size_numbers):
@@ -250,7 +255,7 @@ def ip_adapter(unet, seed=0):
     return state
 
 
-def lora(unet, kinds=("to_q", "to_v", "to_out.0"), seed=0, rank=3):
+def lora(unet, kinds=("to_q", "to_v", "to_out.0"), seed=0, rank=3, dora=False):
     """A LoRA's state dict for every layer of `unet` whose name ends in one of `kinds`."""
     state = {}
     for name, layer in unet.named_modules():
@@ -260,6 +265,9 @@ def lora(unet, kinds=("to_q", "to_v", "to_out.0"), seed=0, rank=3):
         ones = (1,) * (len(down) - 1)
         state[f"unet.{name}.lora_A.weight"] = _noise(seed, name + "A", rank, *down)
         state[f"unet.{name}.lora_B.weight"] = _noise(seed, name + "B", *up, rank, *ones)
+        if dora:
+            magnitude = 1 + _noise(seed, name + "M", *(up if len(down) == 1 else (1, *up, *ones)))
+            state[f"unet.{name}.lora_magnitude_vector.weight"] = magnitude
     assert state, kinds
     return state
 

@@ -20,7 +20,7 @@ from typing import Any
 TIMEOUT_S = 240.0
 
 _context = mp.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "diffusers", "tests.models"])
+_context.set_forkserver_preload(["torch", "diffusers", "tests.families"])
 
 
 def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:

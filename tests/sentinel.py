@@ -44,9 +44,10 @@ class Sentinel(TorchFunctionMode):
 
 def _caller():
     """The frame that called into torch."""
-    frame = sys._getframe(2)
-    while frame.f_code.co_filename.startswith(_TORCH) or (
-        frame.f_code.co_name == "__torch_function__"  # another mode that passes the call on
+    frame = sys._getframe()
+    while (
+        frame.f_code.co_filename.startswith((_TORCH, __file__))
+        or frame.f_code.co_name == "__torch_function__"  # another mode that passes the call on
     ):
         frame = frame.f_back
     return frame
@@ -121,6 +122,6 @@ _RULES = [
     (_both("interpolate", "upsample"), _resize),
     (_both("scaled_dot_product_attention"), _attention),
     (_both("softmax"), _softmax),
-    (_both("mean", "sum", "var", "std", "amax", "amin", "var_mean", "cumsum", "norm"), _reduce),
+    (_both("mean", "sum", "var", "std", "amax", "amin", "var_mean", "cumsum"), _reduce),
     (_both("roll", "flip"), _shift),
 ]

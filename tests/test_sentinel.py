@@ -42,6 +42,7 @@ HARMLESS = {
     "over channels": lambda: X.mean(1),
     "over a row": lambda: X.amax(dim=-1),
     "cross-attention": lambda: Attention(8, 6, heads=2, dim_head=4)(TOKENS, torch.ones(1, 16, 6)),
+    "text as long": lambda: Attention(8, 6, heads=2, dim_head=4)(TOKENS, torch.ones(1, 30, 6)),
     "linear": lambda: nn.Linear(8, 8)(TOKENS),
 }
 

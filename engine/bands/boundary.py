@@ -175,7 +175,7 @@ class VAEBoundary(Boundary):
         encode = super()._encode  # type: ignore[misc]
         if current_exchange() is not None or self.layout.exchange is None:
             return encode(x)
-        self._refuse_tiling()
+        self.refuse_tiling()
         factor = downsampling_factor(self.config.block_out_channels)
         latent_bands = self.layout.bands(x.shape[-2] // factor)
         rows = scale_rows(self.layout.own(latent_bands), factor)
@@ -190,7 +190,7 @@ class VAEBoundary(Boundary):
         decode = super()._decode  # type: ignore[misc]
         if current_exchange() is not None or self.layout.exchange is None:
             return decode(z, return_dict)
-        self._refuse_tiling()
+        self.refuse_tiling()
         bands = self.layout.bands(z.shape[-2])
         rows = self.layout.own(bands)
         with banded(self.layout.exchange):
@@ -199,7 +199,8 @@ class VAEBoundary(Boundary):
         pixels = self.layout.gather_bands(self, pixels, [factor * len(band) for band in bands])
         return DecoderOutput(sample=pixels) if return_dict else (pixels,)
 
-    def _refuse_tiling(self) -> None:
+    def refuse_tiling(self) -> None:
+        """Raises UserError where tiling is on."""
         if self.use_tiling:
             raise UserError(
                 "VAE tiling blends tiles that each see a part of the picture, which bands make "

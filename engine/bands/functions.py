@@ -14,7 +14,7 @@ from diffusers.utils import torch_utils
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from engine.bands.context import current_exchange, sum_over_bands
+from engine.bands.context import banded, current_exchange, sum_over_bands
 
 # Labels for the traffic, where no layer asks.
 _FREEU = SimpleNamespace(traffic_kind="FreeU")
@@ -79,7 +79,8 @@ def downsample_mask(
     if exchange is None:
         return _whole_downsample(mask, batch_size, num_queries, value_embed_dim)
     tokens = exchange.lengths(_MASK, num_queries)
-    whole = _whole_downsample(mask, batch_size, sum(tokens), value_embed_dim)
+    with banded(None):  # a mask is whole on every rank
+        whole = _whole_downsample(mask, batch_size, sum(tokens), value_embed_dim)
     start = sum(tokens[: exchange.mesh.rank])
     return whole[:, start : start + num_queries]
 
