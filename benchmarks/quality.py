@@ -7,7 +7,9 @@ Starts its own ranks, each with one thread where they share a CPU. Every mode pa
 prompt from the same noise; what differs is only when a layer waits for the other bands. Printed:
 
     PSNR       of the decoded picture against the exact one, in dB; mean and worst of the pictures.
-               As a yardstick, the exact mode with one step fewer is held against it too.
+               As a yardstick, the exact mode with one step fewer is held against it too. The
+               displaced mode takes others' sums as they were a step before, or (its default)
+               continues their trend over the last two steps.
     MB sent    per rank and step of the UNet, in all and by kind of layer (`engine.bands.Traffic`)
     buffers    MB that the largest rank keeps from one step for the next
     s a step   median (min - max) of the steps after the warm-up
@@ -97,13 +99,18 @@ def modes(options: argparse.Namespace) -> list[Mode]:
     return [
         Mode("exact", ExactExchange, options.steps),
         Mode("exact, a step fewer", ExactExchange, options.steps - 1),
-        *(displaced(options.steps, warmup) for warmup in sorted(options.warmup)),
+        *(
+            displaced(options.steps, warmup, extrapolate)
+            for extrapolate in (False, True)
+            for warmup in sorted(options.warmup)
+        ),
     ]
 
 
-def displaced(steps: int, warmup: int) -> Mode:
-    exchange = partial(DisplacedExchange, warmup_steps=warmup)
-    return Mode(f"displaced, warm-up {warmup}", exchange, steps, warmup)
+def displaced(steps: int, warmup: int, extrapolate: bool) -> Mode:
+    exchange = partial(DisplacedExchange, warmup_steps=warmup, extrapolate=extrapolate)
+    name = "with trend" if extrapolate else "as it was"
+    return Mode(f"displaced {name}, warm-up {warmup}", exchange, steps, warmup)
 
 
 # --- on every rank --------------------------------------------------------------------------------
@@ -221,17 +228,17 @@ def print_table(rows: list[dict], options: argparse.Namespace) -> None:
         f"{options.pictures} x {options.width}x{options.height} px of {options.model!r}, "
         f"{options.steps} steps, {options.ranks} ranks\n"
     )
-    print(f"{'mode':<24}{'PSNR dB':>8}{'worst':>8}{'MB sent':>9}{'buffers':>9}  s a step")
+    print(f"{'mode':<34}{'PSNR dB':>8}{'worst':>8}{'MB sent':>9}{'buffers':>9}  s a step")
     for row in rows:
         step_s = row["step_s"]
         print(
-            f"{row['mode']:<24}{row['psnr_db']:>8.1f}{row['worst_psnr_db']:>8.1f}"
+            f"{row['mode']:<34}{row['psnr_db']:>8.1f}{row['worst_psnr_db']:>8.1f}"
             f"{row['mb_sent_per_step']:>9.3f}{row['buffer_mb']:>9.3f}  "
             f"{step_s['median']:.3f} ({step_s['min']:.3f} - {step_s['max']:.3f})"
         )
     print("\nMB sent per rank and step, by kind of layer (exact, displaced)")
     for kind, exact in rows[0]["mb_sent_per_step_by_kind"].items():
-        print(f"{kind:<24}{exact:>8.4f}{rows[-1]['mb_sent_per_step_by_kind'][kind]:>8.4f}")
+        print(f"{kind:<34}{exact:>8.4f}{rows[-1]['mb_sent_per_step_by_kind'][kind]:>8.4f}")
     if not torch.cuda.is_available():
         print(
             "\nTimes are noisy: CPU ranks share cores and memory with each other and with whatever "

@@ -12,11 +12,19 @@ Every layer asks at the same places in each step, its call sites. At step t, sit
     sum      own x of t + (total of t-1 - own x of t-1)
     gather   own tokens of t among the others' tokens of t-1
 
-and what was sent in t is waited for when the site comes round in t+1. A sum is thus one over real
-data, some of it old: a group norm's mean square never falls below its squared mean, and linear
-attention's normaliser stays positive. DistriFusion's group norm differs: it adds the *whole* change
-of its own band's mean to the mean of all bands, as if all bands had changed alike, and must replace
-variances that come out negative (its "corrected asynchronous GroupNorm").
+and what was sent in t is waited for when the site comes round in t+1.
+
+As the noise goes, sums change with a trend, not at random, so that what is a step old is wrong in
+the same direction at each step: the picture gets a tint. By default, therefore, the others' sum of
+t is taken from the straight line through those of t-1 and t-2 (`extrapolate`), which leaves an
+error of second order in the change. `benchmarks/quality.py` measures it with and without. Halos
+stay as they were: a line through them feeds back between neighbours, and rings. DistriFusion meets
+the trend otherwise, in group norms only: it adds the *whole* change of its own band's mean to the
+mean of all bands, as if all had changed alike ("corrected asynchronous GroupNorm").
+
+No guess may make sums that no data have. The line is followed to half or double of each sum at
+most, so that linear attention's normaliser stays positive and its numerator in proportion; and a
+band's own share of the variance is the least that `BandGroupNorm` lets the whole have.
 
 The first steps, which lay out the picture and differ most, are warm-up: each site waits, as in
 exact mode. A picture of S steps with W of them costs W exact steps and S - W displaced ones.
@@ -25,6 +33,7 @@ exact mode. A picture of S steps with W of them costs W exact steps and S - W di
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from engine.bands.exchange import (
@@ -45,10 +54,10 @@ T = TypeVar("T")
 
 @dataclass
 class _Site:
-    """One call of one layer in every forward: what it sent last, and how often it has sent."""
+    """One call of one layer in every forward: what it sent last, latest first, and how often."""
 
     layer: object  # held, so that no other layer can come to have its id
-    last: Transfer[Any]
+    sent: list[Transfer[Any]] = field(default_factory=list)
     uses: int = 0
 
 
@@ -73,10 +82,10 @@ class _Memory:
 
 
 class DisplacedExchange(Exchange):
-    """Others' halos, sums and tokens are those of the forward before, once warmed up.
+    """Others' halos, sums and tokens are those of the forwards before, once warmed up.
 
     "Before" is counted in forwards of the network: a scheduler that calls it twice a step (Heun)
-    gets what is half a step old. Buffers hold what was sent and received in one forward:
+    gets what is half a step old. Buffers hold what was sent and received in one forward or two:
     `buffer_bytes`. A new pipeline call forgets them, and so does a sample of another shape; who
     calls a network without a pipeline says `reset()` when another picture begins, and once more at
     the end.
@@ -84,9 +93,13 @@ class DisplacedExchange(Exchange):
     Args:
         warmup_steps: how many forwards of each picture are exact, one at least; DistriFusion's
             default is 4.
+        extrapolate: let the others' sums follow the trend of the last two forwards; otherwise they
+            stand as they were in the last one.
     """
 
-    def __init__(self, mesh: Mesh, traffic: Traffic, warmup_steps: int = 4) -> None:
+    def __init__(
+        self, mesh: Mesh, traffic: Traffic, warmup_steps: int = 4, extrapolate: bool = True
+    ) -> None:
         super().__init__(mesh, traffic)
         if warmup_steps < 1:
             raise UserError(
@@ -94,25 +107,27 @@ class DisplacedExchange(Exchange):
                 "none before it to take anything from"
             )
         self.warmup_steps = warmup_steps
+        self.extrapolate = extrapolate
         self._memory = _Memory()
         self._sample: tuple[object, ...] = ()
 
     def halo(self, layer: object, x: Tensor, above: int, below: int) -> Halo:
         fresh = send_halo(self.mesh, self.traffic, layer, x, above, below)
-        return self._displace(layer, fresh).wait()
+        return self._displace(layer, fresh)[0].wait()
 
     def sum(self, layer: object, x: Tensor) -> Tensor:
         fresh = send_sum(self.mesh, self.traffic, layer, x)
-        used = self._displace(layer, fresh)
-        total = used.wait()
+        used = self._displace(layer, fresh, forwards=2 if self.extrapolate else 1)
+        if used[0] is fresh:
+            return fresh.wait()
         # The difference is off by eps * total, which matters only where the own share shrinks by
         # orders of magnitude in one step; the other ranks, still with the old one, are off by more.
-        return total if used is fresh else x + (total - used.own[0])
+        return x + _continue([transfer.wait() - transfer.own[0] for transfer in used])
 
     def gather(self, layer: object, x: Tensor, dim: int) -> Tensor:
         lengths = self.lengths(layer, x.shape[dim])
         fresh = send_parts(self.mesh, self.traffic, layer, x, dim, lengths)
-        parts = list(self._displace(layer, fresh).wait())
+        parts = list(self._displace(layer, fresh)[0].wait())
         parts[self.mesh.rank] = fresh.own[0]
         return join_parts(parts, dim, lengths)
 
@@ -125,13 +140,17 @@ class DisplacedExchange(Exchange):
         assert lengths[self.mesh.rank] == own, "the bands changed without a reset"
         return lengths
 
-    def _displace(self, layer: object, fresh: Transfer[T]) -> Transfer[T]:
-        """The transfer that this call site uses now: `fresh` in warm-up, then the one before it."""
+    def _displace(self, layer: object, fresh: Transfer[T], forwards: int = 1) -> list[Transfer[T]]:
+        """What this call site computes with: `fresh` in warm-up, then what it sent before.
+
+        That is the transfers of the last `forwards`, latest first, or as many as there were.
+        """
         shapes = tuple((buffer.shape, buffer.dtype) for buffer in fresh.buffers)
         key = (*self._memory.next_call(layer), shapes)
-        site = self._memory.sites.setdefault(key, _Site(layer, fresh))
-        used = fresh if site.uses < self.warmup_steps else site.last
-        site.last, site.uses = fresh, site.uses + 1
+        site = self._memory.sites.setdefault(key, _Site(layer))
+        used = [fresh] if site.uses < self.warmup_steps else site.sent
+        site.sent = [fresh, *site.sent][:forwards]
+        site.uses += 1
         return used
 
     @property
@@ -139,11 +158,12 @@ class DisplacedExchange(Exchange):
         """Memory held for the next forward: what was sent and what has come or is on its way.
 
         Per layer, for an element size of e bytes and N bands: twice the halo rows, 2 b C w e for
-        each neighbour of a 3x3 convolution; twice the summed tensor, 6 b G 8 for a group norm of G
-        groups and 2 e (b heads d (d+1) + 1) for linear attention, whatever the picture's size; and
-        all bands' keys and values, 2 N b n C e, for softmax attention with n tokens in the longest.
+        each neighbour of a 3x3 convolution; all bands' keys and values, 2 N b n C e, for softmax
+        attention with n tokens in the longest; and twice the summed tensor, 6 b G 8 for a group
+        norm of G groups and 2 e (b heads d (d+1) + 1) for linear attention, whatever the picture's
+        size, all that twice with `extrapolate`.
         """
-        transfers = [site.last for site in self._memory.sites.values()]
+        transfers = [transfer for site in self._memory.sites.values() for transfer in site.sent]
         return sum(buffer.nbytes for transfer in transfers for buffer in transfer.buffers)
 
     def start(self, sample: Tensor) -> None:
@@ -158,4 +178,18 @@ class DisplacedExchange(Exchange):
         """Wait for what is still on its way and forget it. Every rank makes this call alike."""
         forgotten, self._memory = self._memory, _Memory()
         for site in forgotten.sites.values():
-            site.last.wait()
+            for transfer in reversed(site.sent):
+                transfer.wait()
+
+
+def _continue(history: list[Tensor]) -> Tensor:
+    """What comes after `history`, latest first: the same again, or what the line through two says.
+
+    The line is bounded by half and double of the latest.
+    """
+    if len(history) == 1:
+        return history[0]
+    last, before = history
+    half, double = last / 2, last * 2
+    line = torch.lerp(before, last, 2)
+    return line.clamp(torch.minimum(half, double), torch.maximum(half, double))

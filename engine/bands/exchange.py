@@ -119,7 +119,7 @@ class ExactExchange(Exchange):
 # --- what every mode sends ------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class Transfer(Generic[T]):
     """Tensors on their way between ranks. Every rank sets off the same ones in the same order.
 

@@ -89,10 +89,13 @@ class BandGroupNorm(nn.GroupNorm):
         variance, mean = torch.var_mean(groups.to(dtype), dim=-1, correction=0)
         mean, variance = mean.double(), variance.double()
         count = torch.full_like(mean, groups.shape[-1])
+        own_share = count * variance
         moments = torch.stack([count, count * mean, count * (variance + mean**2)])
         count, total, squares = exchange.sum(self, moments)
         mean = total / count
-        variance = (squares / count - mean**2).clamp_(min=0)
+        # No data vary less than a part of them does; rounding, or a guess of what the other bands
+        # have by now (`engine.bands.displaced`), could say otherwise.
+        variance = torch.maximum(squares / count - mean**2, own_share / count)
         return mean.to(dtype), variance.to(dtype)
 
     def _normalise(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
