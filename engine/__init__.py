@@ -8,7 +8,14 @@
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.linfusion import linearize as linearize
+    from engine.parallel import collect as collect
+    from engine.parallel import distribute as distribute
+    from engine.pipeline import Engine as Engine
+    from engine.pipeline import load as load
 
 __version__ = "0.1.0"
 

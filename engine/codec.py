@@ -29,11 +29,12 @@ def decode(vae: AutoencoderKL, latent: Tensor) -> tuple[range, Tensor]:
     """
     if vae.config.force_upcast and vae.dtype == torch.float16:
         vae.to(torch.float32)  # SDXL's activations overflow fp16, as its configuration says
-    latent = _unscale(vae, latent).to(vae.dtype)
+    latent = _unscale(vae, latent.to(vae.dtype))
     factor = downsampling_factor(vae.config.block_out_channels)
     layout: Layout | None = getattr(vae, "layout", None)
     if layout is None:
         return range(latent.shape[-2] * factor), vae.decode(latent).sample
+    vae.refuse_tiling()
     rows = layout.own(layout.bands(latent.shape[-2]))
     with banded(layout.exchange):
         pixels = vae.decode(latent[:, :, rows.start : rows.stop]).sample

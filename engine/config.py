@@ -138,8 +138,18 @@ class Settings(BaseModel):
     timeout_s: Real = Field(
         default=600.0,
         gt=0,
+        le=30 * 24 * 3600.0,
         description="Seconds after which a rank that waits for another one gives up.",
     )
+
+    @model_validator(mode="after")
+    def _no_idle_negative_prompt(self) -> Self:
+        if self.negative_prompt and self.guidance_scale <= 1:
+            raise ValueError(
+                "negative_prompt works by guidance, which a guidance_scale of 1 or less switches "
+                "off: raise it, or leave negative_prompt out"
+            )
+        return self
 
     @classmethod
     def load(cls, argv: Sequence[str] | None = None) -> Self:

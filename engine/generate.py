@@ -26,9 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings, mistake = _read_settings(argv)
     with open_mesh(settings.timeout_s) as mesh:
         try:
-            if mistake:
-                raise mistake
-            picture = _paint(settings, mesh.on_device(settings.device))
+            mesh.agree(lambda: _raise(mistake))
+            picture = _paint(settings, mesh)
         except UserError as error:
             if mesh.rank == 0:
                 print(f"error: {error}", file=sys.stderr, flush=True)
@@ -58,6 +57,11 @@ def _paint(settings: Settings, mesh: Mesh) -> "Picture":
     from engine.pipeline import Engine
 
     return Engine.load(settings, mesh).generate(settings)
+
+
+def _raise(mistake: UserError | None) -> None:
+    if mistake is not None:
+        raise mistake
 
 
 def _read_settings(argv: Sequence[str] | None) -> tuple[Settings, UserError | None]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
@@ -136,9 +136,12 @@ class LinearAttention(Attention):  # type: ignore[misc]
         query = self.to_q(hidden_states + self.to_q_(hidden_states))
         key = self.to_k(hidden_states + self.to_k_(hidden_states))
         value = self.to_v(hidden_states)
-        state = attention_state(self._split_heads(key), self._split_heads(value))
-        state, tokens = sum_over_bands(self, state, count=hidden_states.shape[1])
-        mixed = apply_state(self._split_heads(query), state / tokens)
+        query, key, value = (self._split_heads(x) for x in (query, key, value))
+        # Autocast would take the sums back to half precision, where they overflow.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            state = attention_state(key, value)
+            state, tokens = sum_over_bands(self, state, count=hidden_states.shape[1])
+            mixed = apply_state(query, state / tokens)
         return self.to_out[0](mixed.transpose(1, 2).flatten(2))
 
     def _split_heads(self, x: Tensor) -> Tensor:
@@ -174,15 +177,25 @@ def linearize(pipe: DiffusionPipeline, checkpoint: str | Path = "auto") -> None:
     Raises:
         UserError: there are no such modules, or they are for a UNet of another shape.
     """
-    load(pipe.unet, _find_checkpoint(pipe, str(checkpoint)))
+    model = pipe.config.get("_name_or_path") or ""
+    load(pipe.unet, find_checkpoint(str(checkpoint), model, pipe.unet.config.cross_attention_dim))
 
 
-def _find_checkpoint(pipe: DiffusionPipeline, checkpoint: str) -> Path:
+def find_checkpoint(checkpoint: str, model: str, cross_attention_dim: int) -> Path:
+    """The folder of LinFusion modules that `checkpoint` means; see `linearize`.
+
+    Args:
+        model: where the model comes from, a folder or a hub id.
+        cross_attention_dim: how wide the text embeddings of its UNet are.
+
+    Raises:
+        UserError: there are no such modules.
+    """
     if checkpoint == "auto":
-        beside = Path(pipe.config.get("_name_or_path") or "") / "linfusion"
+        beside = Path(model) / "linfusion"
         if beside.is_dir():
             return beside
-        checkpoint = published_for(pipe.unet)
+        checkpoint = published_for(cross_attention_dim)
     if Path(checkpoint).is_dir():
         return Path(checkpoint)
     try:
@@ -253,19 +266,18 @@ _PUBLISHED = {
 }
 
 
-def published_for(unet: UNet2DConditionModel) -> str:
-    """The hub id of the published LinFusion modules for a UNet of this shape.
+def published_for(cross_attention_dim: int) -> str:
+    """The hub id of the published LinFusion modules for a UNet with text embeddings this wide.
 
     Raises:
         UserError: there are none.
     """
-    width = unet.config.cross_attention_dim
-    if width not in _PUBLISHED:
+    if cross_attention_dim not in _PUBLISHED:
         raise UserError(
-            f"no published LinFusion modules fit a UNet with {width} wide text embeddings: name "
-            "a folder of modules distilled for it, or choose --linfusion none"
+            f"no published LinFusion modules fit a UNet with {cross_attention_dim} wide text "
+            "embeddings: name a folder of modules distilled for it, or choose --linfusion none"
         )
-    return _PUBLISHED[width]
+    return _PUBLISHED[cross_attention_dim]
 
 
 def read_config(folder: Path) -> list[dict[str, Any]]:
@@ -290,6 +302,12 @@ def _check_shapes(unet: nn.Module, modules_list: list[dict[str, Any]], folder: P
     """Every self-attention is named once, with its own width and head count."""
     wanted = {e["module_name"]: (e["dim_n"], e["heads"]) for e in modules_list}
     found = {n: (a.to_q.in_features, a.heads) for n, a in self_attentions(unet)}
+    for name, attention in self_attentions(unet):
+        if hasattr(attention.to_q, "base_layer"):
+            raise UserError(
+                f"{name} has a LoRA, which the LinFusion modules would replace: linearize the "
+                "pipeline first and load LoRAs after it"
+            )
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise UserError(

@@ -12,7 +12,7 @@ ranks. The pipeline in between (scheduler, guidance, callbacks) sees whole laten
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import diffusers
@@ -24,9 +24,9 @@ from diffusers import (
     DiffusionPipeline,
     UNet2DConditionModel,
 )
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
-from torch import nn
+from torch import Tensor, nn
 
 from engine.bands import ExactExchange, Exchange, Mesh, Traffic, functions, join_mesh
 from engine.bands.boundary import (
@@ -35,10 +35,18 @@ from engine.bands.boundary import (
     Layout,
     UNetBoundary,
     VAEBoundary,
+    digest,
+    require_no_drift,
     with_boundary,
     without_boundary,
 )
-from engine.bands.layers import BandConv2d, BandDownsample2D, BandGroupNorm, BandSelfAttention
+from engine.bands.layers import (
+    BandConv2d,
+    BandDownsample2D,
+    BandGroupNorm,
+    BandSelfAttention,
+    require_plain_processor,
+)
 from engine.config import UserError
 
 # Only these very classes are swapped: a subclass may compute something else in its own forward.
@@ -81,7 +89,7 @@ def distribute(
             each group cuts the picture into bands.
         exchange: the synchronisation mode of the UNet, made of a mesh and its traffic: a class, or
             `partial(DisplacedExchange, warmup_steps=2)`. The VAE's is always exact.
-        check_drift: compare the latents of all ranks at each step, a round of 16 bytes.
+        check_drift: compare latents and prompts of all ranks at each step, a round of 16 bytes.
 
     Returns:
         How the UNet is laid out; its `traffic` counts bytes and rounds.
@@ -91,18 +99,23 @@ def distribute(
             would bypass the bands.
     """
     mesh = mesh or join_mesh().on_device("auto")
-    _require_same_versions(mesh)
+    require_same_versions(mesh)
+    collect(pipe)
     mesh.agree(lambda: _refuse(pipe))
     pipe.to(mesh.device)
     layout, vae_layout = _layouts(mesh, groups, exchange, check_drift)
     if mesh.size > 1:
-        functions.install()
-        for network, boundary in _networks(pipe):
-            band_layers(network)
-            _require_short_halos(network)
-            with_boundary(network, boundary, vae_layout if boundary is VAEBoundary else layout)
-        with_boundary(pipe, PipelineBoundary, layout)
+        mesh.agree(lambda: _swap_classes(pipe, layout, vae_layout))
     return layout
+
+
+def _swap_classes(pipe: DiffusionPipeline, layout: Layout, vae_layout: Layout) -> None:
+    functions.install()
+    for network, boundary in _networks(pipe):
+        band_layers(network)
+        _require_plain_convolutions(network)
+        with_boundary(network, boundary, vae_layout if boundary is VAEBoundary else layout)
+    with_boundary(pipe, PipelineBoundary, layout)
 
 
 def _layouts(
@@ -122,6 +135,8 @@ def _layouts(
 
 def collect(pipe: DiffusionPipeline) -> None:
     """Undo `distribute`: `pipe` is a plain pipeline again, which computes on this rank alone."""
+    if isinstance(pipe, PipelineBoundary):
+        pipe.layout.close()
     without_boundary(pipe)
     for network, _ in _networks(pipe):
         without_boundary(network)
@@ -151,9 +166,14 @@ def band_layers(network: nn.Module) -> None:
             module.__class__ = BandSelfAttention
 
 
-def _require_short_halos(network: nn.Module) -> None:
+def _require_plain_convolutions(network: nn.Module) -> None:
     """Refuse on every rank alike what a band of one row, the shortest there is, cannot serve."""
     for name, module in network.named_modules():
+        if isinstance(module, BandConv2d) and module.padding_mode != "zeros":
+            raise UserError(
+                f"{name} pads with {module.padding_mode!r}, which bands do not: set padding_mode "
+                "to 'zeros', or paint on one rank"
+            )
         if isinstance(module, BandConv2d) and max(module.halo_rows()) > 1:
             raise UserError(
                 f"{name} needs a halo of {max(module.halo_rows())} rows, more than the shortest "
@@ -165,15 +185,10 @@ def _require_plain_processors(network: nn.Module) -> None:
     """No processor is asked over bands, so one that does something else would be ignored."""
     for name, module in network.named_modules():
         if isinstance(module, Attention) and not module.is_cross_attention:
-            processor = type(module.processor)
-            if processor not in (AttnProcessor, AttnProcessor2_0):
-                raise UserError(
-                    f"{name} uses {processor.__name__}, which has no exact form over bands: remove "
-                    "that attachment, or paint on one rank"
-                )
+            require_plain_processor(name, module)
 
 
-def _require_same_versions(mesh: Mesh) -> None:
+def require_same_versions(mesh: Mesh) -> None:
     """Ranks with other libraries would compute something else, or wait for what never comes."""
     versions = mesh.gather_objects(f"torch {torch.__version__}, diffusers {diffusers.__version__}")
     for rank, version in enumerate(versions):
@@ -223,12 +238,15 @@ def _refuse_hooks(pipe: DiffusionPipeline) -> None:
 class PipelineBoundary(Boundary):
     """In front of a pipeline's class: all ranks draw the same noise, whatever they were given."""
 
+    unet: nn.Module
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the pipeline's own, on every rank alike."""
-        call = super().__call__  # type: ignore[misc]
-        self._refuse_attachments()
-        given = inspect.signature(call).bind(*args, **kwargs).arguments
-        _share_random_state(self.layout.world, given.get("generator"))
+        call, world = super().__call__, self.layout.world  # type: ignore[misc]
+        world.agree(self._refuse_attachments)
+        given = world.agree(lambda: inspect.signature(call).bind(*args, **kwargs).arguments)
+        _require_same_call(world, given, self.unet)
+        _share_random_state(world, given.get("generator"))
         if self.layout.exchange is None:
             return call(*args, **kwargs)
         self.layout.exchange.reset()
@@ -240,20 +258,61 @@ class PipelineBoundary(Boundary):
         """What was attached after `distribute` is refused before the first step too."""
         for network, _ in _networks(self):
             _require_plain_processors(network)
+            _require_plain_convolutions(network)
             if isinstance(network, VAEBoundary):
                 network.refuse_tiling()
 
     def prepare_image(self, *args: Any, **kwargs: Any) -> Any:
         """A ControlNet's condition picture, kept on the host, where each rank takes its rows."""
-        return super().prepare_image(*args, **_on_host(kwargs))  # type: ignore[misc]
+        return self._alike(super().prepare_image(*args, **_on_host(kwargs)))  # type: ignore[misc]
 
     def prepare_control_image(self, *args: Any, **kwargs: Any) -> Any:
         """The same under the name that it has in image-to-image pipelines."""
-        return super().prepare_control_image(*args, **_on_host(kwargs))  # type: ignore[misc]
+        picture = super().prepare_control_image(*args, **_on_host(kwargs))  # type: ignore[misc]
+        return self._alike(picture)
+
+    def _alike(self, picture: Tensor) -> Tensor:
+        """Condition pictures reach the UNet in pieces, so they are compared here, once a call."""
+        if self.layout.check_drift:
+            require_no_drift(self.layout.world, [picture], self.layout.world.device)
+        return picture
 
 
 def _on_host(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "device": torch.device("cpu")} if "device" in kwargs else kwargs
+
+
+def _require_same_call(mesh: Mesh, given: Mapping[str, Any], unet: nn.Module) -> None:
+    """Ranks that were told different things would paint a chimera, or wait for each other."""
+    plain = {name: value for name, value in given.items() if _is_plain(value)}
+    plain["set of LoRAs"] = _loras(unet)
+    for rank, theirs in enumerate(calls := mesh.gather_objects(plain)):
+        for name in sorted(theirs.keys() | calls[0].keys()):
+            if theirs.get(name) != calls[0].get(name):
+                raise UserError(
+                    f"rank {rank} was given another {name} than rank 0: make the same call on "
+                    "every rank"
+                )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, str | int | float)
+
+
+def _loras(unet: nn.Module) -> list[Any]:
+    """What tells the LoRAs of a network: their layers, names, scales and a digest of weights."""
+    return [
+        (
+            name,
+            module.active_adapters,
+            dict(module.scaling),
+            digest(module.lora_B.parameters(), torch.device("cpu")).tolist(),
+        )
+        for name, module in unet.named_modules()
+        if hasattr(module, "lora_B") and hasattr(module, "scaling")
+    ]
 
 
 def _share_random_state(mesh: Mesh, generators: Any) -> None:

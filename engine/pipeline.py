@@ -21,6 +21,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     DiffusionPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -36,8 +37,8 @@ from engine.bands.axes import Axes, choose_axes
 from engine.bands.boundary import downsampling_factor
 from engine.config import Settings, UserError
 from engine.demo import WEIGHTS
-from engine.linfusion import linearize
-from engine.parallel import distribute
+from engine.linfusion import find_checkpoint, linearize, read_config
+from engine.parallel import distribute, require_same_versions
 from engine.progress import progress_bar
 
 T = TypeVar("T")
@@ -83,6 +84,7 @@ class Engine:
         """Distribute `pipe` over `mesh`; `groups` and `exchange` as in `engine.distribute`."""
         self.pipe = pipe
         self.mesh = mesh
+        self._settings: Settings | None = None  # what `load` was given
         self.traffic = distribute(pipe, mesh, groups=groups, exchange=exchange).traffic
         pipe.set_progress_bar_config(disable=True)
 
@@ -95,15 +97,20 @@ class Engine:
                 there or of another kind, more ranks than the height can serve, a destination that
                 cannot be written, LinFusion modules that do not fit.
         """
+        mesh = mesh.on_device(settings.device)
+        require_same_versions(mesh)
         axes = _choose_axes(settings, mesh.size)
         mesh.agree(lambda: output.check_destination(settings.output))
         mesh.agree(lambda: _check_model(settings, mesh.size))
         if mesh.rank == 0 and mesh.size > 1:
-            logger.info("%d ranks as %s", mesh.size, axes)
+            logger.info("%d ranks on %s as %s", mesh.size, mesh.device.type, axes)
         pipe = mesh.agree(
             lambda: load(settings.model, settings.linfusion, dtype=_dtype(settings, mesh))
         )
-        return cls(pipe, mesh, axes.groups, _exchange(settings))
+        _check_bands(settings, mesh.size, downsampling_factor(pipe.unet.config.block_out_channels))
+        loaded = cls(pipe, mesh, axes.groups, _exchange(settings))
+        loaded._settings = settings
+        return loaded
 
     def generate(self, settings: Settings) -> Picture:
         """Paint the picture of `settings` and write it to `settings.output`.
@@ -111,9 +118,10 @@ class Engine:
         Raises:
             UserError: the picture cannot be split over this many ranks or not be written.
         """
+        self._require_loaded(settings)
         start, sent_before = time.perf_counter(), self.traffic.megabytes
         latent = self.latent(settings)
-        with torch.inference_mode():
+        with torch.no_grad():
             rows, pixels = codec.decode(self.pipe.vae, latent)
         self._write(settings, rows, codec.to_uint8(pixels)[0])
         return Picture(
@@ -125,6 +133,14 @@ class Engine:
             megabytes_sent=self.traffic.megabytes - sent_before,
         )
 
+    def _require_loaded(self, settings: Settings) -> None:
+        """Settings that only loading heeds must be those that the model was loaded with."""
+        if self._settings is None:
+            return
+        for name in ("model", "linfusion", "dtype", "device", "mesh"):
+            if getattr(settings, name) != getattr(self._settings, name):
+                raise UserError(f"{name} differs from what was loaded: load another Engine for it")
+
     def latent(self, settings: Settings) -> Tensor:
         """The denoised latent [1, 4, H / 8, W / 8], the same on every rank."""
         # Every rank draws the whole noise from the same CPU generator: no rank count, no device
@@ -133,7 +149,8 @@ class Engine:
         with progress_bar("painting", settings.steps, enabled=self.mesh.rank == 0) as advance:
             latent: Tensor = self.pipe(
                 settings.prompt,
-                negative_prompt=settings.negative_prompt,
+                # None is not "": SDXL then guides by zeros, as its configuration asks.
+                negative_prompt=settings.negative_prompt or None,
                 height=settings.height,
                 width=settings.width,
                 num_inference_steps=settings.steps,
@@ -167,6 +184,7 @@ class Engine:
         """Where the picture came from, to be kept in the file."""
         facts = {
             **settings.provenance(),
+            **({} if self._settings else {"model": self.pipe.config.get("_name_or_path")}),
             "dtype": str(self.pipe.unet.dtype).removeprefix("torch."),
             "engine": engine.__version__,
         }
@@ -197,7 +215,8 @@ def load(model: str, linfusion: str = "auto", **options: Any) -> DiffusionPipeli
     Args:
         model: "demo", a diffusers folder, a hub id, or a single `.safetensors` file.
         linfusion: LinFusion modules as in `engine.linearize`; "none" leaves softmax attention.
-        options: for diffusers' `from_pretrained` or `from_single_file`, such as `dtype`.
+        options: for diffusers' `from_pretrained` or `from_single_file`, such as `dtype`. A folder's
+            safety checker is left out unless it is passed.
 
     Raises:
         UserError: there is no such model, it is of another kind, or the modules do not fit.
@@ -218,7 +237,7 @@ def _from_folder(source: str, options: dict[str, Any]) -> DiffusionPipeline:
     index = DiffusionPipeline.load_config(source)
     # The safety checker looks at whole pictures on one device; no rank need have one.
     extras = {"safety_checker": None} if "safety_checker" in index else {}
-    return DiffusionPipeline.from_pretrained(source, **extras, **options)
+    return DiffusionPipeline.from_pretrained(source, **{**extras, **options})
 
 
 def _single_file_class(file: Path) -> type[DiffusionPipeline]:
@@ -258,7 +277,9 @@ def _exchange(settings: Settings) -> Callable[[Mesh, Traffic], Exchange]:
 def _check_model(settings: Settings, ranks: int) -> None:
     """Everything that the model's configuration files tell, without its weights."""
     if Path(settings.model).suffix == ".safetensors":
-        return  # one file: nothing can be known before it is loaded
+        if not Path(settings.model).is_file():
+            raise _unreadable(settings.model, FileNotFoundError("no such file"))
+        return  # all else is known when it is loaded
     source = _model_source(settings.model)
     try:
         index = DiffusionPipeline.load_config(source)
@@ -270,7 +291,14 @@ def _check_model(settings: Settings, ranks: int) -> None:
             f"model {settings.model!r} is a {index.get('_class_name')}: the command line paints "
             f"with {' and '.join(_PAINTERS)}"
         )
+    if index["vae"][1] != AutoencoderKL.__name__:
+        raise UserError(
+            f"model {settings.model!r} decodes by a {index['vae'][1]}: the command line needs an "
+            "AutoencoderKL, whose decoder it shares out"
+        )
     _check_bands(settings, ranks, downsampling_factor(unet["block_out_channels"]))
+    if settings.linfusion != "none":
+        read_config(find_checkpoint(settings.linfusion, source, unet["cross_attention_dim"]))
 
 
 def _check_bands(settings: Settings, ranks: int, row_multiple: int) -> None:

@@ -10,6 +10,7 @@ hooks and state-dict keys stay as they were, and the network saves under its own
 """
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +36,7 @@ class Layout:
         batch: the ranks that have this rank's rows and share out the batch.
         exchange: how this rank's band reaches the others; None where pictures stay whole.
         traffic: what this rank has sent.
-        check_drift: whether the samples of all ranks are compared on entry.
+        check_drift: whether what enters the UNet is compared over all ranks.
     """
 
     world: Mesh
@@ -81,12 +82,26 @@ class Layout:
         lengths = [len(part) for part in self.batch_parts(batch)]
         return gather_parts(self.batch, self.traffic, network, x, 0, lengths)
 
-    def start(self, sample: Tensor) -> None:
-        """What every forward of a network begins with."""
+    def start(self, call: dict[str, Any]) -> None:
+        """What every forward of a network begins with, given all its arguments."""
+        if torch.is_grad_enabled() and call["sample"].requires_grad:
+            raise UserError(
+                "gradients do not flow through the exchange between bands: call the pipeline "
+                "without them, or on one rank"
+            )
         if self.check_drift:
-            require_no_drift(self.world, sample)
+            # Prompts too: each rank's rows would follow its own, and the gathered whole be alike.
+            whole = {k: value for k, value in call.items() if k not in _CONTROLNET_RESIDUALS}
+            require_no_drift(self.world, _tensors(whole), call["sample"].device)
         if self.exchange is not None:
-            self.exchange.start(sample)
+            self.exchange.start(call["sample"])
+
+    def close(self) -> None:
+        """Give up the groups of ranks that were made for this layout."""
+        bands = self.world if self.exchange is None else self.exchange.mesh
+        for mesh in (self.batch, bands):
+            if mesh.group is not self.world.group:
+                mesh.close()
 
 
 class Boundary:
@@ -126,7 +141,7 @@ class UNetBoundary(Boundary):
         call, layout = _arguments(forward, args, kwargs), self.layout
         return_dict = call.pop("return_dict", True)
         batch, _, height, width = call["sample"].shape
-        layout.start(call["sample"])
+        layout.start(call)
         bands = layout.bands(height, downsampling_factor(self.config.block_out_channels))
         rows = layout.own(bands)
         call = _share_batch(call, batch, layout.own_batch(batch))
@@ -216,21 +231,29 @@ def downsampling_factor(block_out_channels: list[int]) -> int:
     return int(2 ** (len(block_out_channels) - 1))
 
 
-def require_no_drift(world: Mesh, sample: Tensor) -> None:
-    """Compare a digest of `sample` over all ranks: one round of 16 bytes.
+def require_no_drift(world: Mesh, tensors: list[Tensor], device: torch.device) -> None:
+    """Compare a digest of `tensors` over all ranks: one round of 16 bytes, from `device`.
 
     Raises:
         UserError: on every rank, naming the first rank that differs from rank 0.
     """
     if world.group is None:
         return
-    digests = world.gather_small(_digest(sample))
-    for rank, digest in enumerate(digests):
-        if digest != digests[0]:
+    digests = world.gather_small(digest(tensors, device))
+    for rank, theirs in enumerate(digests):
+        if theirs != digests[0]:
             raise UserError(
-                f"rank {rank} works on another latent than rank 0: give every rank the same "
-                "prompts, pictures and seeds, and draw noise from generators that are seeded alike"
+                f"rank {rank} works on another latent, prompt or picture than rank 0: give every "
+                "rank the same ones, and draw noise from generators that are seeded alike"
             )
+
+
+def digest(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Two 64-bit numbers on `device`, equal for tensors of equal bits, and hardly for others."""
+    total = torch.zeros(2, dtype=torch.int64, device=device)
+    for tensor in tensors:
+        total = 31 * total + _digest(tensor.detach()).to(device)
+    return total
 
 
 def _digest(x: Tensor) -> Tensor:
@@ -243,11 +266,9 @@ def _digest(x: Tensor) -> Tensor:
 
 # --- shares of arguments --------------------------------------------------------------------------
 
-_RESIDUALS = {
-    "down_block_additional_residuals",
-    "mid_block_additional_residual",
-    "down_intrablock_additional_residuals",
-}
+# A ControlNet's are this rank's rows already, a T2I-Adapter's are whole.
+_CONTROLNET_RESIDUALS = {"down_block_additional_residuals", "mid_block_additional_residual"}
+_RESIDUALS = _CONTROLNET_RESIDUALS | {"down_intrablock_additional_residuals"}
 
 
 def _arguments(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -264,6 +285,13 @@ def _map_tensors(function: Any, value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_map_tensors(function, item) for item in value)
     return value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Every tensor in nested lists, tuples and dicts, in order."""
+    found: list[Tensor] = []
+    _map_tensors(found.append, value)
+    return found
 
 
 def _share_batch(call: dict[str, Any], batch: int, own: range) -> dict[str, Any]:

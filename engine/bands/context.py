@@ -41,7 +41,8 @@ def sum_over_bands(layer: object, state: Tensor, count: int) -> tuple[Tensor, Te
     Returns:
         (state of the same shape, count as a scalar), unchanged outside of bands.
     """
-    total = torch.tensor([count], dtype=state.dtype, device=state.device)
+    assert state.dtype in (torch.float32, torch.float64), "half precision cannot count tokens"
+    total = state.new_full((1,), count)
     exchange = current_exchange()
     if exchange is None:
         return state, total[0]

@@ -6,7 +6,13 @@ names, weights, hooks and state-dict keys stay as they were, and a LoRA library 
 """
 
 import torch
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
 from diffusers.models.downsampling import Downsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,6 +20,7 @@ from torch.nn import functional as F
 from engine.bands.context import current_exchange
 from engine.bands.exchange import Exchange
 from engine.bands.rows import halo_rows
+from engine.config import UserError
 
 
 class BandConv2d(nn.Conv2d):
@@ -116,6 +123,24 @@ class BandGroupNorm(nn.GroupNorm):
         return normalised.view(x.shape)
 
 
+# These compute the same function, by slices or by another kernel; bands do it their own way.
+_PLAIN_PROCESSORS = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
+
+
+def require_plain_processor(name: str, attention: Attention) -> None:
+    """Refuse a processor that does something else than attend, since bands would ignore it.
+
+    Raises:
+        UserError: naming the processor.
+    """
+    processor = type(attention.processor)
+    if processor not in _PLAIN_PROCESSORS:
+        raise UserError(
+            f"{name} uses {processor.__name__}, which has no exact form over bands: remove that "
+            "attachment, or paint on one rank"
+        )
+
+
 class BandSelfAttention(Attention):  # type: ignore[misc]
     """Softmax self-attention: this band's queries against the keys and values of all bands.
 
@@ -137,6 +162,7 @@ class BandSelfAttention(Attention):  # type: ignore[misc]
         if exchange is None or encoder_hidden_states is not None:
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         assert attention_mask is None, "no diffusers UNet masks its self-attention"
+        require_plain_processor("a self-attention", self)  # some pipelines set theirs when called
         tokens = (
             hidden_states.flatten(2).transpose(1, 2) if hidden_states.ndim == 4 else hidden_states
         )

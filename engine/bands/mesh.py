@@ -45,10 +45,10 @@ class Mesh:
     def on_device(self, wanted: str) -> Self:
         """This mesh, computing on `wanted`: "cuda", "cpu", or "auto".
 
-        "auto" takes CUDA where every rank of this host has a GPU of its own.
+        "auto" takes the GPUs where there are any.
 
         Raises:
-            UserError: CUDA was asked for and some host has too few GPUs, or only some have them.
+            UserError: some host has too few GPUs for its ranks, or only some hosts have them.
         """
         device = self.agree(lambda: _choose_device(wanted))
         if len(set(self.gather_objects(device.type))) > 1:
@@ -101,6 +101,11 @@ class Mesh:
         return Mesh(
             groups[own].index(self.rank), len(groups[own]), self.device, made[own], self.timeout_s
         )
+
+    def close(self) -> None:
+        """Give up this group of ranks, which must not be used any more."""
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
 
     def gather_objects(self, value: T) -> list[T]:
         """Every rank's `value`, in rank order, on every rank."""
@@ -187,12 +192,15 @@ def _choose_device(wanted: str) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted == "cuda" and gpus < local_size:
-        raise UserError(
-            f"device cuda needs a GPU for each of the {local_size} ranks on this host, which has "
-            f"{gpus}: start {gpus or 'no'} ranks here, or choose --device cpu"
-        )
-    if wanted == "cpu" or gpus < local_size:
+    if wanted == "cpu" or (wanted == "auto" and not gpus):
         return torch.device("cpu")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    # Some launchers show each rank a single GPU, its own.
+    shown_its_own = gpus == 1 and os.environ.get("CUDA_VISIBLE_DEVICES", "").isdigit()
+    if gpus < local_size and not shown_its_own:
+        raise UserError(
+            f"device {wanted} needs a GPU for each of the {local_size} ranks on this host, which "
+            f"has {gpus}: start {gpus or 'no'} ranks here, or choose --device cpu"
+        )
+    index = 0 if shown_its_own else local_rank
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
