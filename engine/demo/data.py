@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from engine.demo.captions import caption
 from engine.demo.fit import Run
-from engine.demo.landscapes import Window, caption, draw_scene, render
+from engine.demo.landscapes import Window, draw_scene, render
 
 WORDINGS = 3
 

@@ -18,7 +18,7 @@ from engine import linfusion
 from engine.demo.fit import Run, Stage, fit
 from engine.demo.unet import Latents, PromptedUNet
 
-STEPS = 700
+STEPS = 600
 LARGE = 0.6
 """share of the batches that are of large pictures"""
 

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+from engine.demo.noise import Array, Noise, mix, rgb, smooth
+
 Window = tuple[int, int, int, int]
 """top, left, height, width in pixels of the whole picture"""
 
@@ -105,84 +106,6 @@ def draw_scene(seed: int) -> Scene:
     )
 
 
-# ---------------------------------------------------------------------------------------- noise
-
-
-class Noise:
-    """Value noise in one and two dimensions, the same at every resolution.
-
-    `footprint` is the size of a pixel in the units of x: octaves that it cannot hold fade out.
-    """
-
-    def __init__(self, seed: int, footprint: float) -> None:
-        rng = np.random.default_rng([seed, 1])
-        self._table: Array = rng.random(1024, dtype=np.float32)
-        self._shuffle = rng.permutation(1024)
-        self._footprint = footprint
-
-    def cell(self, i: NDArray[np.int64], j: NDArray[np.int64] | int) -> Array:
-        """A number in 0..1 for every lattice cell."""
-        return np.asarray(self._table[(self._shuffle[i & 1023] + j) & 1023], np.float32)
-
-    def line(
-        self, x: Array, frequency: float, channel: int, octaves: int = 4, ridged: bool = False
-    ) -> Array:
-        """[...] x -> fractal noise in 0..1; `ridged` folds it into peaks and sharp valleys."""
-        total = np.zeros_like(x)
-        for k, weight, visible in self._octaves(frequency, octaves):
-            value = self._line(x * np.float32(frequency * 2.0**k), channel * 37 + k)
-            value = 1 - np.abs(2 * value - 1) if ridged else value
-            total += np.float32(weight) * (visible * value + (1 - visible) * np.float32(0.5))
-        return total
-
-    def plane(
-        self, x: Array, y: Array, frequency: tuple[float, float], channel: int, octaves: int = 3
-    ) -> Array:
-        """As `line`, over the plane, with one frequency along x and one along y."""
-        total = np.zeros(np.broadcast_shapes(x.shape, y.shape), np.float32)
-        for k, weight, visible in self._octaves(max(frequency), octaves):
-            u, v = (np.float32(f * 2.0**k) for f in frequency)
-            value = self._plane(x * u, y * v, channel * 37 + k)
-            total += np.float32(weight) * (visible * value + (1 - visible) * np.float32(0.5))
-        return total
-
-    def _octaves(self, frequency: float, octaves: int) -> list[tuple[int, float, np.float32]]:
-        """(octave, weight, how much of it the pixels can hold), for those they hold at all."""
-        scale = 1 / (1 - 0.5**octaves)
-        result = []
-        for k in range(octaves):
-            visible = np.clip(2 - 4 * self._footprint * frequency * 2.0**k, 0, 1)
-            result.append((k, 0.5 ** (k + 1) * scale, np.float32(visible)))
-        return result
-
-    def _line(self, x: Array, channel: int) -> Array:
-        i = np.floor(x).astype(np.int64)
-        f = _smooth(x - i)
-        return self.cell(i, channel * 71) * (1 - f) + self.cell(i + 1, channel * 71) * f
-
-    def _plane(self, x: Array, y: Array, channel: int) -> Array:
-        i, j = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
-        f, g = _smooth(x - i), _smooth(y - j)
-        j = j + channel * 71
-        top = self.cell(i, j) * (1 - f) + self.cell(i + 1, j) * f
-        return top * (1 - g) + (self.cell(i, j + 1) * (1 - f) + self.cell(i + 1, j + 1) * f) * g
-
-
-def _smooth(t: NDArray[np.floating]) -> Array:
-    """The smoothstep of 0..1, clipped."""
-    t = np.clip(t, 0, 1).astype(np.float32)
-    return t * t * (3 - 2 * t)
-
-
-def _mix(a: Array, b: Array, weight: NDArray[np.floating]) -> Array:
-    """a where `weight` is 0, b where it is 1; `weight` is [h, w], the colours [h, w, 3] or [3]."""
-    return a + (b - a) * weight[..., None]
-
-
-def _rgb(*colour: float) -> Array:
-    return np.asarray(colour, np.float32)
-
-
 # ------------------------------------------------------------------------------------- painting
 
 
@@ -234,8 +157,8 @@ class _Painter:
     def sky(self) -> None:
         """A gradient of three colours, and a glow around the sun or moon."""
         p, t = self.palette, self.y / self.scene.horizon
-        self.canvas = _mix(_rgb(*p.zenith), _rgb(*p.middle), _smooth(t / 0.6))
-        self.canvas = _mix(self.canvas, _rgb(*p.haze), _smooth((t - 0.45) / 0.55))
+        self.canvas = mix(rgb(*p.zenith), rgb(*p.middle), smooth(t / 0.6))
+        self.canvas = mix(self.canvas, rgb(*p.haze), smooth((t - 0.45) / 0.55))
 
     def stars(self) -> None:
         """Few and large: a star for every other cell of a lattice, never across its edges."""
@@ -245,20 +168,20 @@ class _Painter:
         jitter_x, jitter_y = (0.25 + 0.5 * self.noise.cell(i, j + c) for c in (211, 337))
         distance = np.hypot(u - i - jitter_x, v - j - jitter_y) * size
         radius = 0.011 + 0.008 * self.noise.cell(i, j + 419)
-        bright = _smooth(1.6 - distance / radius) * (self.noise.cell(i, j + 523) < 0.55)
-        self.canvas = _mix(self.canvas, _rgb(1.0, 1.0, 0.92), bright)
+        bright = smooth(1.6 - distance / radius) * (self.noise.cell(i, j + 523) < 0.55)
+        self.canvas = mix(self.canvas, rgb(1.0, 1.0, 0.92), bright)
 
     def disc(self) -> None:
         """The sun, the full moon, or a crescent, with its glow."""
         s = self.scene
         x, y, distance = self.from_light()
         glow = np.exp(-((distance / 0.17) ** 2)) * (0.55 if s.light == "sun" else 0.30)
-        self.canvas = _mix(self.canvas, _rgb(*self.palette.disc), glow)
+        self.canvas = mix(self.canvas, rgb(*self.palette.disc), glow)
         cover = np.clip((s.light_radius - distance) * self.unit + 0.5, 0, 1)
         if s.light == "crescent moon":
             bite = np.hypot(x - 0.55 * s.light_radius, y + 0.25 * s.light_radius)
             cover = cover * np.clip((bite - 0.9 * s.light_radius) * self.unit + 0.5, 0, 1)
-        self.canvas = _mix(self.canvas, _rgb(*self.palette.disc), cover)
+        self.canvas = mix(self.canvas, rgb(*self.palette.disc), cover)
 
     def from_light(self) -> tuple[Array, Array, Array]:
         """x, y and distance from the middle of the sun or moon"""
@@ -268,51 +191,51 @@ class _Painter:
 
     def clouds(self) -> None:
         density = self.noise.plane(self.x, self.y, (2.6, 8.0), 1, 4)
-        cover = _smooth((density - 0.50) / 0.16) * _smooth((self.scene.horizon - self.y) / 0.2)
+        cover = smooth((density - 0.50) / 0.16) * smooth((self.scene.horizon - self.y) / 0.2)
         if self.scene.light:  # clouds part before the sun and moon, which a prompt asked to see
-            cover = cover * _smooth(self.from_light()[2] / 0.09 - 1)
-        shade = _smooth((density - 0.55) / 0.3)
-        colour = _rgb(*self.palette.cloud) * (1 - 0.16 * shade)[..., None]
-        self.canvas = _mix(self.canvas, colour, 0.9 * cover)
+            cover = cover * smooth(self.from_light()[2] / 0.09 - 1)
+        shade = smooth((density - 0.55) / 0.3)
+        colour = rgb(*self.palette.cloud) * (1 - 0.16 * shade)[..., None]
+        self.canvas = mix(self.canvas, colour, 0.9 * cover)
 
     # the land
 
     def layer(self, ridge: Array, colour: Array, distance: float) -> None:
         """Cover all below `ridge` [1, w], lit by the hour and `distance` (0..1) into the haze."""
         cover = np.clip((self.y - ridge) / self.pixel + 0.5, 0, 1)
-        lit = colour * _rgb(*self.palette.light)
-        lit = lit + (_rgb(*self.palette.haze) - lit) * np.float32(distance)
-        self.canvas = _mix(self.canvas, lit, cover)
+        lit = colour * rgb(*self.palette.light)
+        lit = lit + (rgb(*self.palette.haze) - lit) * np.float32(distance)
+        self.canvas = mix(self.canvas, lit, cover)
 
     def mountains(self, snow: bool) -> None:
         """Two ranges and their foreland."""
         foot = self.scene.horizon
-        stone, dark = _rgb(0.56, 0.50, 0.46), _rgb(0.27, 0.25, 0.26)
+        stone, dark = rgb(0.56, 0.50, 0.46), rgb(0.27, 0.25, 0.26)
         for k, (rise, frequency, distance) in enumerate(((0.30, 1.7, 0.32), (0.19, 2.6, 0.06))):
             peaks = self.noise.line(self.x, frequency, 11 + k, 5, ridged=True)
             ridge = foot - rise * (1.25 * peaks - 0.15)
             face = self.faces(frequency, 11 + k, slant=0.45)
             rough = self.noise.plane(self.x, self.y, (9.0, 9.0), 13 + k, 3) - 0.5
-            shade = _smooth(0.5 + 0.6 * face + 0.5 * rough)
-            colour = _mix(dark, stone, shade)
+            shade = smooth(0.5 + 0.6 * face + 0.5 * rough)
+            colour = mix(dark, stone, shade)
             if snow:
-                white = _mix(_rgb(0.46, 0.58, 0.80), _rgb(0.99, 0.99, 1.0), shade)
+                white = mix(rgb(0.46, 0.58, 0.80), rgb(0.99, 0.99, 1.0), shade)
                 line = (self.y - ridge) / rise + 0.9 * rough
-                colour = _mix(colour, white, 1 - _smooth((line - 0.55) / 0.12))
+                colour = mix(colour, white, 1 - smooth((line - 0.55) / 0.12))
             self.layer(ridge, colour, distance)
         near, far = (
-            (_rgb(0.97, 0.98, 1.0), _rgb(0.80, 0.87, 0.96)) if snow
-            else (_rgb(0.46, 0.44, 0.30), _rgb(0.60, 0.56, 0.44))
+            (rgb(0.97, 0.98, 1.0), rgb(0.80, 0.87, 0.96)) if snow
+            else (rgb(0.46, 0.44, 0.30), rgb(0.60, 0.56, 0.44))
         )  # fmt: skip
         self.foreland(near, far, 0.02)
 
     def hills(self) -> None:
         foot = self.scene.horizon
-        greens = (_rgb(0.42, 0.62, 0.44), _rgb(0.36, 0.62, 0.30), _rgb(0.40, 0.70, 0.24))
+        greens = (rgb(0.42, 0.62, 0.44), rgb(0.36, 0.62, 0.30), rgb(0.40, 0.70, 0.24))
         for k, green in enumerate(greens[: 2 if self.scene.lake else 3]):
             swell = self.noise.line(self.x, 1.1 + 0.3 * k, 21 + k, 2)
             ridge = foot - (0.06 if k < 2 else -0.16) - (0.17 - 0.06 * k) * swell
-            depth = _smooth((self.y - ridge) / 0.22)
+            depth = smooth((self.y - ridge) / 0.22)
             mottle = self.noise.plane(self.x, self.y, (6.0, 16.0), 25 + k, 2) - 0.5
             shade = 1.08 - 0.34 * depth + 0.30 * mottle
             self.layer(ridge, green * shade[..., None], (0.35, 0.12, 0.0)[k])
@@ -320,14 +243,14 @@ class _Painter:
     def desert(self) -> None:
         """Dunes: one side of each crest in the light, the other in shadow."""
         foot = self.scene.horizon
-        sand, shadow = _rgb(0.98, 0.80, 0.50), _rgb(0.70, 0.46, 0.26)
+        sand, shadow = rgb(0.98, 0.80, 0.50), rgb(0.70, 0.46, 0.26)
         for k in range(2 if self.scene.lake else 3):
             crest = self.noise.line(self.x, 1.2 + 0.25 * k, 31 + k, 2, ridged=True)
             face = self.faces(1.2 + 0.25 * k, 31 + k, slant=0.9)
             ridge = foot - (0.03, 0.0, -0.15)[k] - (0.16, 0.10, 0.13)[k] * crest
             ripple = self.noise.plane(self.x, self.y, (3.0, 40.0), 35 + k, 1) - 0.5
-            shade = _smooth(0.55 + 1.1 * face + 0.25 * ripple)
-            self.layer(ridge, _mix(shadow, sand, shade), (0.25, 0.08, 0.0)[k])
+            shade = smooth(0.55 + 1.1 * face + 0.25 * ripple)
+            self.layer(ridge, mix(shadow, sand, shade), (0.25, 0.08, 0.0)[k])
 
     def forest(self, autumn: bool) -> None:
         """Rows of trees, larger and darker towards the front."""
@@ -337,15 +260,15 @@ class _Painter:
             swell = self.noise.line(self.x, 1.4, 41 + k, 2) - 0.5
             ridge, cell = self.trees(foot + base + 0.10 * swell, tall, wide, k, round_top=autumn)
             tone = self.noise.cell(cell, 617 + k)
-            below = _smooth((self.y - ridge) / (1.3 * tall))
+            below = smooth((self.y - ridge) / (1.3 * tall))
             mottle = self.noise.plane(self.x, self.y, (16.0, 16.0), 45 + k, 2) - 0.5
             shade = 1.12 - 0.5 * below + 0.45 * mottle
             if autumn:
-                leaf = _mix(_rgb(0.80, 0.22, 0.10), _rgb(0.96, 0.68, 0.16), tone)
+                leaf = mix(rgb(0.80, 0.22, 0.10), rgb(0.96, 0.68, 0.16), tone)
             else:
-                leaf = _mix(_rgb(0.07, 0.26, 0.17), _rgb(0.16, 0.42, 0.24), tone)
+                leaf = mix(rgb(0.07, 0.26, 0.17), rgb(0.16, 0.42, 0.24), tone)
             self.layer(ridge, leaf * shade[..., None], distance)
-        near = _rgb(0.62, 0.46, 0.20) if autumn else _rgb(0.22, 0.40, 0.20)
+        near = rgb(0.62, 0.46, 0.20) if autumn else rgb(0.22, 0.40, 0.20)
         self.foreland(near, near * np.float32(0.8), 0.14)
 
     def trees(
@@ -364,9 +287,9 @@ class _Painter:
         foot = self.scene.horizon
         swell = self.noise.line(self.x, 1.6, 51, 3) - 0.5
         ridge = foot - 0.035 + 0.02 * swell if self.scene.lake else foot + offset + 0.06 * swell
-        depth = _smooth((self.y - ridge) / 0.35)
+        depth = smooth((self.y - ridge) / 0.35)
         mottle = self.noise.plane(self.x, self.y, (5.0, 18.0), 53, 3) - 0.5
-        self.layer(ridge, _mix(far, near, depth) * (1 + 0.28 * mottle)[..., None], 0.0)
+        self.layer(ridge, mix(far, near, depth) * (1 + 0.28 * mottle)[..., None], 0.0)
 
     def faces(self, frequency: float, channel: int, slant: float) -> Array:
         """[h, w] in -1..1: the slope of a ridge line, read off at a slant, which carries each lit
@@ -383,21 +306,21 @@ class _Painter:
         foot = self.scene.horizon
         drift = self.noise.plane(self.x, self.y, (1.5, 5.0), 61, 2)
         thick = np.exp(-(((self.y - foot) / 0.22) ** 2)) * (0.55 + 0.6 * drift)
-        haze = _rgb(*self.palette.haze) * 0.9 + 0.1 * _rgb(*self.palette.cloud)
-        self.canvas = _mix(self.canvas, haze, np.clip(0.15 + 0.75 * thick, 0, 0.88))
+        haze = rgb(*self.palette.haze) * 0.9 + 0.1 * rgb(*self.palette.cloud)
+        self.canvas = mix(self.canvas, haze, np.clip(0.15 + 0.75 * thick, 0, 0.88))
 
     def cabin(self) -> None:
         """A wooden house with a red roof and a lit window."""
         s = self.scene
         ground = s.horizon - 0.004 if s.lake else s.horizon + 0.14
         x, up = self.x - s.cabin_x * self.wide, (ground - self.y) * self.aspect
-        light = _rgb(*self.palette.light)
+        light = rgb(*self.palette.light)
         wall = self._box(np.abs(x) - 0.085) * self._box(np.abs(up - 0.05) - 0.05)
-        self.canvas = _mix(self.canvas, _rgb(0.50, 0.32, 0.19) * light, wall)
+        self.canvas = mix(self.canvas, rgb(0.50, 0.32, 0.19) * light, wall)
         roof = self._box(np.abs(x) - 0.115 * (1.9 - up / 0.1)) * self._box(np.abs(up - 0.14) - 0.05)
-        self.canvas = _mix(self.canvas, _rgb(0.66, 0.18, 0.13) * light, roof)
+        self.canvas = mix(self.canvas, rgb(0.66, 0.18, 0.13) * light, roof)
         window = self._box(np.abs(np.abs(x) - 0.042) - 0.02) * self._box(np.abs(up - 0.052) - 0.022)
-        self.canvas = _mix(self.canvas, _rgb(1.0, 0.86, 0.42), window)
+        self.canvas = mix(self.canvas, rgb(1.0, 0.86, 0.42), window)
 
     def _box(self, outside: Array) -> Array:
         """Cover from a signed distance: 1 inside, smooth over one pixel."""
@@ -405,9 +328,9 @@ class _Painter:
 
     def lake(self) -> None:
         """The mirrored rows are painted already: water dims and cools them a little."""
-        depth = _smooth((self.row - self.scene.horizon) / (1 - self.scene.horizon))
-        tint = _rgb(*self.palette.zenith) * 0.5 + _rgb(*self.palette.middle) * 0.5
-        self.canvas = _mix(self.canvas, tint, self.water * (0.14 + 0.22 * depth))
+        depth = smooth((self.row - self.scene.horizon) / (1 - self.scene.horizon))
+        tint = rgb(*self.palette.zenith) * 0.5 + rgb(*self.palette.middle) * 0.5
+        self.canvas = mix(self.canvas, tint, self.water * (0.14 + 0.22 * depth))
 
 
 LAND: dict[str, Callable[[_Painter], None]] = {
@@ -426,101 +349,3 @@ def render(
     """Paint `window` (all of it by default) of the height x width picture: [h, w, 3], 8 bits."""
     picture = _Painter(scene, height, width, window or (0, 0, height, width)).paint()
     return (picture * 255 + 0.5).astype(np.uint8)
-
-
-# ------------------------------------------------------------------------------------- captions
-
-WORDS = {
-    "day": ("at day", "in daylight", "at noon", "by day", "on a bright day", "in the daytime"),
-    "sunrise": ("at sunrise", "at dawn", "in the early morning", "in the morning light"),
-    "sunset": ("at sunset", "at sundown", "under a red evening sky", "in the evening sun"),
-    "dusk": ("at dusk", "at twilight", "in the blue hour", "in the violet dusk"),
-    "night": ("at night", "by night", "in the night", "at midnight"),
-    "snowy mountains": ("snowy mountains", "snow-covered mountains", "white mountains with snow"),
-    "rocky mountains": ("rocky mountains", "bare stone mountains", "grey rocky peaks"),
-    "hills": ("green hills", "rolling green hills", "grassy hills", "green meadows on hills"),
-    "desert": ("a desert", "desert dunes", "sand dunes", "a sandy desert"),
-    "pine forest": ("a pine forest", "a forest of pines", "green fir trees", "a conifer forest"),
-    "autumn forest": (
-        "an autumn forest",
-        "autumn trees",
-        "a red autumn forest",
-        "a forest in fall",
-    ),
-    "sun": ("the sun", "a bright sun", "the sun in the sky", "a yellow sun"),
-    "full moon": ("a full moon", "the full moon", "a big round moon"),
-    "crescent moon": ("a crescent moon", "a thin moon", "the crescent of the moon"),
-    "stars": ("stars", "many stars", "a starry sky", "bright stars"),
-    "clouds": ("clouds", "a cloudy sky", "big clouds", "drifting clouds"),
-    "fog": ("fog", "mist", "thick fog", "drifting mist"),
-    "lake": ("a lake", "a calm lake", "a lake with reflections", "a mirror lake", "still water"),
-    "cabin": ("a cabin", "a small house", "a wooden hut", "a cottage with a red roof"),
-}
-FRAMES = (
-    "{}",
-    "{}",
-    "{}",
-    "a painting of {}",
-    "a picture of {}",
-    "a landscape of {}",
-    "{}, landscape",
-)
-
-
-def caption(
-    scene: Scene, rng: np.random.Generator, whole: tuple[int, int], window: Window | None = None
-) -> str:
-    """One wording of what `window` of the `whole` (height, width) picture shows: nothing that the
-    window leaves out, so that a crop of bare water never teaches what "a lake" looks like."""
-
-    def say(thing: str) -> str:
-        return str(rng.choice(WORDS[thing]))
-
-    seen = visible(scene, whole, window or (0, 0, *whole))
-    land = say(scene.terrain) if "land" in seen else "water" if "water" in seen else "the sky"
-    details = [say(thing) for thing in seen if thing in WORDS]
-    rng.shuffle(details)
-    if len(details) > 1:
-        joined = ", ".join(details[:-1]) + " and " + details[-1]
-    else:
-        joined = "".join(details)
-    order = rng.random()
-    if order < 0.15:
-        return ", ".join([land, say(scene.time), *details])
-    if order < 0.3:
-        return ", ".join([say(scene.time), land, *details])
-    text = f"{land} {say(scene.time)}" + (f" with {joined}" if details else "")
-    return str(rng.choice(FRAMES)).format(text)
-
-
-def visible(scene: Scene, whole: tuple[int, int], window: Window) -> list[str]:
-    """The things of the scene that lie in the window, of "land", "water" and the keys of WORDS."""
-    (height, width), (top, left, rows, columns) = whole, window
-    y0, y1 = top / height, (top + rows) / height
-    x0, x1 = left / width - 0.5, (left + columns) / width - 0.5
-    foot, unit = scene.horizon, float(np.sqrt(height * width))
-    reach_x, reach_y = (0.7 * scene.light_radius * unit / side for side in (width, height))
-    inside = {
-        "land": y0 < foot - 0.04 and y1 > foot - 0.1 if scene.lake else y1 > foot - 0.1,
-        "water": scene.lake and y1 > foot + 0.05,
-        "lake": scene.lake and y0 < foot - 0.05 and y1 > foot + 0.08,
-        "sky": y0 < foot - 0.25,
-        "light": bool(scene.light)
-        and x0 < scene.light_x - reach_x
-        and scene.light_x + reach_x < x1
-        and y0 < scene.light_y - reach_y
-        and scene.light_y + reach_y < y1,
-        "cabin": scene.cabin
-        and x0 < scene.cabin_x - 0.06
-        and scene.cabin_x + 0.06 < x1
-        and y0 < foot
-        and y1 > foot + (0 if scene.lake else 0.1),
-    }
-    things = [thing for thing in ("land", "water", "lake", "cabin") if inside[thing]]
-    if inside["light"]:
-        things.append(scene.light)
-    if scene.stars and inside["sky"]:
-        things.append("stars")
-    if scene.weather == "fog" or (scene.weather == "clouds" and inside["sky"]):
-        things.append(scene.weather)
-    return things

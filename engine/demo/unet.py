@@ -26,7 +26,7 @@ from engine.demo.fit import Run, Stage, fit
 from engine.demo.text import WIDTH, build_text_encoder, learn_tokenizer
 from engine.demo.vae import to_model
 
-STEPS = 3000
+STEPS = 3600
 LARGE_FROM = 0.45
 """share of the steps after which three of four batches are of large pictures"""
 BATCH_CELLS = 24 * 16 * 16
@@ -116,7 +116,8 @@ class Latents:
     def draw(self, step: int, large: float, generator: torch.Generator) -> Batch:
         """A batch of one bucket, the same bucket on every rank so that they take equally long."""
         shared = np.random.default_rng([step, 7])
-        group = [b for b in self.buckets if b.large == bool(shared.random() < large)]
+        is_large = bool(shared.random() < large)
+        group = [bucket for bucket in self.buckets if bucket.large == is_large]
         weights = np.array([b.count * b.height * b.width for b in group], np.float64)
         bucket = group[int(shared.choice(len(group), p=weights / weights.sum()))]
         count = max(1, BATCH_CELLS * 64 // (bucket.height * bucket.width))

@@ -16,7 +16,7 @@ from engine.demo.data import buckets, load_bucket
 from engine.demo.fit import Run, Stage, fit
 
 STEPS = 2000
-DECODER_STEPS = 600
+DECODER_STEPS = 400
 CROPS = ((0.2, 32, 64), (0.7, 64, 16), (1.0, 128, 4))
 """until this share of the steps: crops of this size, this many on each rank"""
 
