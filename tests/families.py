@@ -213,7 +213,9 @@ def controlnet(unet, other=False, **options):
 def controlnet_union(unet):
     """A ControlNetUnion, which mixes features of several conditions before its blocks."""
     transformer = {"num_trans_channel": 16, "num_proj_channel": 16, "num_trans_head": 2}
-    return finished(ControlNetUnionModel.from_config({**_controlnet_config(unet), **transformer}))
+    config = _controlnet_config(unet)
+    del config["mid_block_type"]  # it has but one
+    return finished(ControlNetUnionModel.from_config({**config, **transformer}))
 
 
 def _controlnet_config(unet):

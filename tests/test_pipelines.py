@@ -619,20 +619,45 @@ def test_families_at_even_odd_and_ragged_heights(family, ranks):
 # --- ranks that were told different things --------------------------------------------------------
 
 
-def other_prompts(mesh):
-    pipe = sd15()
+OTHER_INPUTS = {  # of rank 1, and what is said about it
+    "prompts": (
+        lambda other: {"prompt": "a hill" if other else "a lake"},
+        "rank 1 was given another prompt than rank 0",
+    ),
+    "embeddings": (
+        lambda other: {"prompt": None, "prompt_embeds": words(other)},
+        "rank 1 works on another latent, prompt or picture than rank 0",
+    ),
+    "latents": (
+        lambda other: {"latents": torch.full((1, 4, 21, 10), float(other)).double()},
+        "rank 1 works on another latent, prompt or picture than rank 0",
+    ),
+    "pictures": (
+        lambda other: {"image": picture(HEIGHT, WIDTH, seed=int(other))},
+        "rank 1 works on another latent, prompt or picture than rank 0",
+    ),
+}
+
+
+def words(other):
+    return torch.full((1, 16, fam.TEXT_WIDTH), 1.0 + other, dtype=torch.float64)
+
+
+def other_inputs(mesh):
+    """Rank 1 is told something else than the others."""
+    pipe = sd15(df.StableDiffusionControlNetPipeline, controlnet=fam.controlnet(sd15().unet))
     engine.distribute(pipe, mesh)
-    with pytest.raises(UserError, match="rank 1 works on another latent than rank 0"):
-        paint(pipe, ["a lake", "a hill", "a lake"][mesh.rank])
-    paint(pipe)  # and it is as good as ever
-    with pytest.raises(UserError, match="rank 2 works on another latent than rank 0"):
-        paint(pipe, latents=torch.full((1, 4, 21, 10), mesh.rank // 2, dtype=torch.float64))
+    same = {"image": picture(HEIGHT, WIDTH), "prompt": "a lake", "guidance_scale": 1.0}
+    for inputs, sentence in OTHER_INPUTS.values():
+        with pytest.raises(UserError, match=sentence):
+            paint(pipe, **{**same, **inputs(mesh.rank == 1)})
+    paint(pipe, **same)  # and it is as good as ever
     return True
 
 
 @pytest.mark.slow
-def test_ranks_that_drift_apart_are_named_on_all():
-    assert all(run_ranks(3, other_prompts))
+def test_ranks_that_are_told_different_things_are_named_on_all():
+    assert all(run_ranks(3, other_inputs))
 
 
 def other_generators(mesh):
