@@ -32,14 +32,16 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--until", choices=STAGES, default="weights", help="the last stage")
-    parser.add_argument(
-        "--work", type=Path, default=Path("build/demo"), help="pictures, checkpoints"
-    )
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="the diffusers folder")
+    parser.add_argument("--work", type=Path, help="pictures, checkpoints [build/demo]")
+    parser.add_argument("--out", type=Path, help="the diffusers folder [that of the package]")
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() or 2,
                         help="processes: one for each GPU or CPU core")  # fmt: skip
-    parser.add_argument("--fast", action="store_true", help="a few steps of everything, to try it")
+    parser.add_argument("--fast", action="store_true", help="a few steps of everything, to try it;"
+                        " by default in build/demo-fast alone")  # fmt: skip
     asked = parser.parse_args()
+    # A trial must neither be taken for a run to resume nor replace the weights of the package.
+    asked.work = asked.work or Path("build/demo-fast" if asked.fast else "build/demo")
+    asked.out = asked.out or (asked.work / "weights" if asked.fast else WEIGHTS)
     asked.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as meeting:
         spawn(_rank, (asked, Path(meeting) / "ranks"), nprocs=asked.ranks)
