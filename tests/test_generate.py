@@ -70,6 +70,13 @@ def test_any_number_of_ranks_paint_the_same_picture(tiny_model, tmp_path, ranks,
     assert max(differences.values()) <= 1, differences
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_any_number_of_ranks_paint_the_same_landscape(tmp_path, ranks):
+    differences = worst_difference("demo", tmp_path, ranks, "1")
+    assert max(differences.values()) <= 1, differences
+
+
 def test_the_seed_alone_changes_the_picture(tiny_model, tmp_path):
     def paint(name, seed):
         target = tmp_path / name
