@@ -6,10 +6,12 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test lint clean
 
-# Paint the configs/demo.yaml landscape: one rank a GPU, or two ranks on the CPU.
+# Paint the configs/demo.yaml landscape: one rank a GPU, or two ranks that share the cores.
 demo: $(READY)
-	ranks=$$($(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)"); \
-	$(BIN)/torchrun --nproc_per_node $$ranks -m engine.generate --config configs/demo.yaml
+	@ranks=$$($(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)"); \
+	threads=$$($(BIN)/python -c "import os; print(max(1, os.cpu_count() // $$ranks))"); \
+	OMP_NUM_THREADS=$$threads $(BIN)/torchrun --nproc_per_node $$ranks \
+	    -m engine.generate --config configs/demo.yaml
 
 test: $(READY)
 	$(BIN)/python -m pytest
