@@ -147,7 +147,8 @@ def collect(pipe: DiffusionPipeline) -> None:
 
 def _networks(pipe: DiffusionPipeline) -> Iterator[tuple[nn.Module, type[Boundary]]]:
     """The networks that work on rows of the picture. All others run whole on every rank."""
-    yield pipe.unet, UNetBoundary
+    if isinstance(getattr(pipe, "unet", None), UNet2DConditionModel):
+        yield pipe.unet, UNetBoundary
     controlnets = getattr(pipe, "controlnet", None)
     for controlnet in getattr(controlnets, "nets", [controlnets]):
         if isinstance(controlnet, ControlNetModel | ControlNetUnionModel):
