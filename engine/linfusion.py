@@ -14,6 +14,7 @@ The checkpoint layout is the published one (`Yuanshi/LinFusion-1-5`, `-2-1`, `-X
 with a `modules_list`, and the tensors `0.to_q.weight`, `0.to_q_.0.weight`, ... in list order.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,8 +138,7 @@ class LinearAttention(Attention):  # type: ignore[misc]
         key = self.to_k(hidden_states + self.to_k_(hidden_states))
         value = self.to_v(hidden_states)
         query, key, value = (self._split_heads(x) for x in (query, key, value))
-        # Autocast would take the sums back to half precision, where they overflow.
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with _no_autocast(hidden_states.device):
             state = attention_state(key, value)
             state, tokens = sum_over_bands(self, state, count=hidden_states.shape[1])
             mixed = apply_state(query, state / tokens)
@@ -148,6 +148,13 @@ class LinearAttention(Attention):  # type: ignore[misc]
         """[B, n, heads * d] -> [B, heads, n, d]"""
         batch, tokens, width = x.shape
         return x.view(batch, tokens, self.heads, width // self.heads).transpose(1, 2)
+
+
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Autocast would take the sums back to half precision, where they overflow."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _nonlinear_projection(dim: int, mid_dim: int | None) -> nn.Module:

@@ -1,6 +1,7 @@
 """Test-wide settings: never a hub, quiet libraries, the quick tests first."""
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the ranks of the tests meet over gloo
@@ -9,6 +10,8 @@ import pytest
 from diffusers.utils import logging as diffusers_logging
 from hypothesis import settings
 from transformers.utils import logging as transformers_logging
+
+from tests.models import save_tiny_pipeline
 
 diffusers_logging.set_verbosity_error()
 transformers_logging.set_verbosity_error()
@@ -20,3 +23,11 @@ settings.load_profile("engine")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A mistake shows early: what is marked slow runs last."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Stable Diffusion pipeline of random weights."""
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_pipeline(folder)
+    return folder

@@ -15,18 +15,10 @@ import torch
 from PIL import Image
 
 from engine import generate
-from tests.models import save_tiny_pipeline
 from tests.ranks import run_ranks
 
 SIZES = [(512, 512), (384, 256), (328, 256)]  # width, height; 328 px are 41 latent rows
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save_tiny_pipeline(folder)
-    return folder
 
 
 def read(path):

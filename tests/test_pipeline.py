@@ -9,34 +9,26 @@ import engine
 from engine.config import UserError
 from engine.linfusion import LinearAttention, self_attentions
 from engine.pipeline import _single_file_class
-from tests.models import save_tiny_pipeline
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save_tiny_pipeline(folder)
-    return folder
 
 
 def is_linear(pipe):
     return {isinstance(attention, LinearAttention) for _, attention in self_attentions(pipe.unet)}
 
 
-def test_modules_beside_a_model_are_mounted(folder):
-    assert is_linear(engine.load(str(folder))) == {True}
+def test_modules_beside_a_model_are_mounted(tiny_model):
+    assert is_linear(engine.load(str(tiny_model))) == {True}
 
 
-def test_a_model_can_stay_quadratic_and_be_linearised_later(folder):
-    pipe = engine.load(str(folder), linfusion="none", dtype=torch.float64)
+def test_a_model_can_stay_quadratic_and_be_linearised_later(tiny_model):
+    pipe = engine.load(str(tiny_model), linfusion="none", dtype=torch.float64)
     assert is_linear(pipe) == {False}
-    engine.linearize(pipe, folder / "linfusion")
+    engine.linearize(pipe, tiny_model / "linfusion")
     assert is_linear(pipe) == {True}
     assert pipe.unet.dtype == torch.float64
 
 
-def test_without_modules_anywhere_the_sentence_says_what_would_work(folder):
-    pipe = engine.load(str(folder), linfusion="none")
+def test_without_modules_anywhere_the_sentence_says_what_would_work(tiny_model):
+    pipe = engine.load(str(tiny_model), linfusion="none")
     pipe.register_to_config(_name_or_path="elsewhere")
     with pytest.raises(UserError, match="no published LinFusion modules fit a UNet with 24 wide"):
         engine.linearize(pipe)
