@@ -80,11 +80,15 @@ class Engine:
         mesh: Mesh,
         groups: int = 1,
         exchange: Callable[[Mesh, Traffic], Exchange] = ExactExchange,
+        settings: Settings | None = None,
     ) -> None:
-        """Distribute `pipe` over `mesh`; `groups` and `exchange` as in `engine.distribute`."""
+        """Distribute `pipe` over `mesh`; `groups` and `exchange` as in `engine.distribute`.
+
+        `settings` are those that `pipe` was loaded with, where it was loaded by settings.
+        """
         self.pipe = pipe
         self.mesh = mesh
-        self._settings: Settings | None = None  # what `load` was given
+        self._settings = settings
         self.traffic = distribute(pipe, mesh, groups=groups, exchange=exchange).traffic
         pipe.set_progress_bar_config(disable=True)
 
@@ -108,9 +112,7 @@ class Engine:
             lambda: load(settings.model, settings.linfusion, dtype=_dtype(settings, mesh))
         )
         _check_bands(settings, mesh.size, downsampling_factor(pipe.unet.config.block_out_channels))
-        loaded = cls(pipe, mesh, axes.groups, _exchange(settings))
-        loaded._settings = settings
-        return loaded
+        return cls(pipe, mesh, axes.groups, _exchange(settings), settings)
 
     def generate(self, settings: Settings) -> Picture:
         """Paint the picture of `settings` and write it to `settings.output`.

@@ -6,8 +6,12 @@ A fork server that has torch and diffusers loaded makes a rank start in a fracti
 rank runs one thread. A rank that fails ends the others, and a group that is late is killed whole.
 """
 
+import contextlib
 import multiprocessing as mp
 import os
+import signal
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -49,6 +53,30 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
             for process in ranks:
                 process.kill()
                 process.join()
+
+
+def torchrun(ranks: int, *command: object) -> tuple[int, str, str]:
+    """A real `torchrun` of `command`; its exit code, standard output and standard error.
+
+    Its whole group of processes is killed when it is late.
+    """
+    process = subprocess.Popen(
+        [
+            *[sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)],
+            *map(str, command),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=Path(__file__).parents[1],
+    )
+    try:
+        out, err = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, out, err
 
 
 def _collect(receivers: list[Connection]) -> list[Any]:

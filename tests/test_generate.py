@@ -4,21 +4,18 @@ import contextlib
 import io
 import json
 import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import engine
 from engine import generate
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, torchrun
 
 SIZES = [(512, 512), (384, 256), (328, 256)]  # width, height; 328 px are 41 latent rows
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
+ENGINE = ["-m", "engine.generate"]
 
 
 def read(path):
@@ -67,6 +64,20 @@ def test_any_number_of_ranks_paint_the_same_picture(tiny_model, tmp_path, ranks,
 def test_any_number_of_ranks_paint_the_same_landscape(tmp_path, ranks):
     differences = worst_difference("demo", tmp_path, ranks, "1")
     assert max(differences.values()) <= 1, differences
+
+
+@pytest.mark.parametrize("negative", ["", "fog and rain"])
+def test_the_command_line_paints_what_diffusers_paints(tiny_model, tmp_path, negative):
+    target = tmp_path / "a.png"
+    size = ["--height=72", "--width=64", "--steps=3", "--seed=4", "--mesh.guidance=1"]
+    words = ["--prompt=a lake", "--negative-prompt", negative]
+    run(2, "--model", tiny_model, "--output", target, *size, *words)
+    pipe = engine.load(str(tiny_model))
+    image = pipe(
+        "a lake", height=72, width=64, num_inference_steps=3, guidance_scale=4.0,
+        negative_prompt=negative or None, generator=torch.Generator().manual_seed(4),
+    ).images[0]  # fmt: skip
+    assert abs(read(target) - np.asarray(image)).max() <= 1
 
 
 def test_the_seed_alone_changes_the_picture(tiny_model, tmp_path):
@@ -221,29 +232,11 @@ def test_a_full_disk_on_one_rank_ends_all_and_leaves_nothing(tiny_model, tmp_pat
     assert os.listdir(tmp_path) == []
 
 
-def torchrun(ranks, *arguments):
-    """A real `torchrun -m engine.generate`, its whole group killed when it is late."""
-    process = subprocess.Popen(
-        [*TORCHRUN, str(ranks), "-m", "engine.generate", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        cwd=Path(__file__).parents[1],
-    )
-    try:
-        out, err = process.communicate(timeout=240)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, out, err
-
-
 @pytest.mark.slow
 def test_torchrun_paints(tiny_model, tmp_path):
     target = tmp_path / "a.png"
     size = ["--height=72", "--width=64", "--steps=2"]
-    code, out, err = torchrun(3, "--model", tiny_model, "--output", target, *size)
+    code, out, err = torchrun(3, *ENGINE, "--model", tiny_model, "--output", target, *size)
     assert code == 0, err
     assert out.startswith(f"{target}: 64x72 px in ")
     assert " s on 3 ranks, " in out
@@ -253,7 +246,7 @@ def test_torchrun_paints(tiny_model, tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_ends_on_a_mistake_with_its_sentence():
-    code, _, err = torchrun(2, "--setps", "3")
+    code, _, err = torchrun(2, *ENGINE, "--setps", "3")
     assert code != 0
     assert err.count("error: --setps: unknown flag; did you mean '--steps'?") == 1
     assert "engine/generate.py" not in err, "a traceback through the engine"

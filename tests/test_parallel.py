@@ -3,10 +3,12 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
+from PIL import Image
 
 import engine
 from engine import codec
@@ -21,7 +23,7 @@ from engine.bands.boundary import (
 from engine.config import UserError
 from engine.parallel import band_layers
 from tests.models import latent, save_tiny_pipeline, tiny_unet, tiny_vae
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, torchrun
 
 SIZES = [(64, 64), (32, 48), (41, 32)]  # latent rows and columns of 512x512, 384x256, 256x328 px
 
@@ -193,3 +195,31 @@ def test_mixed_versions_are_refused_on_every_rank(tmp_path):
     save_tiny_pipeline(tmp_path)
     for sentence in run_ranks(2, other_version_on_rank_1, tmp_path):
         assert re.match(r"rank 1 runs torch .*, diffusers 0.30.0, but rank 0 runs torch", sentence)
+
+
+SCRIPT = """
+import sys
+import torch
+import engine
+
+pipe = engine.load(sys.argv[1])
+engine.distribute(pipe)
+image = pipe("a lake", height=72, width=64, num_inference_steps=2,
+             generator=torch.Generator().manual_seed(0)).images[0]
+image.save(f"{sys.argv[2]}/{torch.distributed.get_rank()}.png")
+"""
+
+
+@pytest.mark.slow
+def test_two_lines_in_a_script_of_ones_own(tiny_model, tmp_path):
+    (tmp_path / "paint.py").write_text(SCRIPT)
+    code, _, err = torchrun(3, tmp_path / "paint.py", tiny_model, tmp_path)
+    assert code == 0, err
+    pictures = [np.asarray(Image.open(tmp_path / f"{rank}.png")).astype(int) for rank in range(3)]
+    pipe = engine.load(str(tiny_model))
+    plain = pipe(
+        "a lake", height=72, width=64, num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+    ).images[0]  # fmt: skip
+    assert all((picture == pictures[0]).all() for picture in pictures)
+    assert abs(pictures[0] - np.asarray(plain).astype(int)).max() <= 1
