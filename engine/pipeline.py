@@ -315,9 +315,10 @@ def _check_bands(settings: Settings, ranks: int, row_multiple: int) -> None:
     working = [fewer for fewer in range(1, min(ranks, rows) + 1) if fits(fewer)]
     if ranks not in working:
         band = _choose_axes(settings, ranks).band
+        start = f"start {working[-1]}, or " if working else ""
         raise UserError(
-            f"a picture of {settings.height} px height cannot be shared by {ranks} ranks: start "
-            f"{working[-1]}, or ask for {8 * max(ranks, row_multiple * (band - 1) + 1)} px or more"
+            f"a picture of {settings.height} px height cannot be shared by {ranks} ranks: {start}"
+            f"ask for {8 * max(ranks, row_multiple * (band - 1) + 1)} px or more"
         )
 
 

@@ -157,6 +157,10 @@ MISTAKES = {
         ["--height=8"],
         "a picture of 8 px height cannot be shared by 2 ranks: start 1, or ask for 16 px or more",
     ),
+    "no number of ranks for these axes": (
+        ["--height=8", "--mesh.guidance=2"],
+        "a picture of 8 px height cannot be shared by 2 ranks: ask for 16 px or more",
+    ),
     "no second side of guidance": (
         ["--mesh.guidance=2", "--guidance-scale=1"],
         "a guidance axis of 2 needs a guidance scale above 1: without it there is one side only",

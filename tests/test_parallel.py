@@ -17,6 +17,7 @@ from engine.bands.boundary import (
     Layout,
     UNetBoundary,
     VAEBoundary,
+    digest,
     downsampling_factor,
     with_boundary,
 )
@@ -223,3 +224,15 @@ def test_two_lines_in_a_script_of_ones_own(tiny_model, tmp_path):
     ).images[0]  # fmt: skip
     assert all((picture == pictures[0]).all() for picture in pictures)
     assert abs(pictures[0] - np.asarray(plain).astype(int)).max() <= 1
+
+
+def test_a_digest_tells_any_bit_in_any_chunk(monkeypatch):
+    monkeypatch.setattr("engine.bands.boundary._DIGEST_CHUNK", 7)
+    x, cpu = torch.randn(3, 10), torch.device("cpu")
+    seen = {tuple(digest([x], cpu).tolist())}
+    for place in range(x.numel()):
+        other = x.clone()
+        other.view(-1)[place] = torch.nextafter(x.view(-1)[place], torch.tensor(9e9))
+        seen.add(tuple(digest([other], cpu).tolist()))
+    assert len(seen) == 1 + x.numel()
+    assert torch.equal(digest([x.clone()], cpu), digest([x], cpu))

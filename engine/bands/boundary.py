@@ -248,6 +248,9 @@ def require_no_drift(world: Mesh, tensors: list[Tensor], device: torch.device) -
             )
 
 
+_DIGEST_CHUNK = 1 << 22  # numbers
+
+
 def digest(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
     """Two 64-bit numbers on `device`, equal for tensors of equal bits, and hardly for others."""
     total = torch.zeros(2, dtype=torch.int64, device=device)
@@ -257,11 +260,17 @@ def digest(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
 
 
 def _digest(x: Tensor) -> Tensor:
-    """Two 64-bit sums of the very bits of `x`, one weighted by position: equal only if x is."""
+    """Two 64-bit sums of the very bits of `x`, one weighted by position.
+
+    Chunk by chunk: a condition picture of 16384 px is not widened to 64 bits all at once.
+    """
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    bits = x.contiguous().view(integer).flatten().to(torch.int64)
-    places = torch.arange(1, bits.numel() + 1, device=bits.device)
-    return torch.stack([bits.sum(), (bits * places).sum()])
+    total = torch.zeros(2, dtype=torch.int64, device=x.device)
+    for chunk in x.contiguous().view(integer).flatten().split(_DIGEST_CHUNK):
+        bits = chunk.to(torch.int64)
+        places = torch.arange(1, bits.numel() + 1, device=bits.device)
+        total = 31 * total + torch.stack([bits.sum(), (bits * places).sum()])
+    return total
 
 
 # --- shares of arguments --------------------------------------------------------------------------
