@@ -168,17 +168,12 @@ def band_layers(network: nn.Module) -> None:
 
 
 def _require_plain_convolutions(network: nn.Module) -> None:
-    """Refuse on every rank alike what a band of one row, the shortest there is, cannot serve."""
+    """Refuse on every rank alike what bands do not do: wrap around, or mirror, at the edges."""
     for name, module in network.named_modules():
         if isinstance(module, BandConv2d) and module.padding_mode != "zeros":
             raise UserError(
                 f"{name} pads with {module.padding_mode!r}, which bands do not: set padding_mode "
                 "to 'zeros', or paint on one rank"
-            )
-        if isinstance(module, BandConv2d) and max(module.halo_rows()) > 1:
-            raise UserError(
-                f"{name} needs a halo of {max(module.halo_rows())} rows, more than the shortest "
-                "band may have: only networks of 3x3 convolutions can be split"
             )
 
 

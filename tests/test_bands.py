@@ -6,7 +6,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from torch import nn
 
-from engine.bands import ExactExchange, Traffic, banded, split_rows
+from engine.bands import ExactExchange, Traffic, banded, fetch_rows, split_rows
 from engine.config import UserError
 from engine.parallel import band_layers
 from tests.ranks import run_ranks
@@ -15,6 +15,9 @@ LAYERS = {
     "convolution": lambda: nn.Conv2d(8, 4, 3, padding=1),
     "strided convolution": lambda: nn.Conv2d(8, 8, 3, stride=2, padding=1),
     "dilated convolution": lambda: nn.Conv2d(8, 8, 3, padding=2, dilation=2),
+    # These reach over several bands, and over the picture's edge.
+    "widely dilated convolution": lambda: nn.Conv2d(8, 8, 3, padding=9, dilation=9),
+    "strided and dilated": lambda: nn.Conv2d(8, 8, 3, stride=2, padding=8, dilation=8),
     "encoder down-sampling": lambda: Downsample2D(8, use_conv=True, padding=0),
     "group norm": lambda: nn.GroupNorm(4, 8),
     "softmax attention": lambda: Attention(
@@ -62,6 +65,22 @@ def test_layers_over_bands_are_the_plain_layers(ranks, height):
     for errors in run_ranks(ranks, layer_errors, height):
         assert set(errors) == set(LAYERS)
         assert max(errors.values()) < 1e-12, errors
+
+
+def fetched_rows_are_right(mesh, have, want):
+    whole = picture(want[-1].stop)
+    own = have[mesh.rank]
+    x = whole[:, :, own.start : own.stop]
+    wanted = want[mesh.rank]
+    rows = fetch_rows(mesh, Traffic(), "a test", x, have, want)
+    return torch.equal(rows, whole[:, :, wanted.start : wanted.stop])
+
+
+@pytest.mark.parametrize("want", [[(0, 9), (3, 6), (5, 20)], [(12, 20), (4, 4), (0, 20)]])
+def test_rows_are_fetched_from_whoever_has_them(want):
+    have = [range(0, 4), range(4, 5), range(5, 20)]
+    want = [range(*piece) for piece in want]
+    assert run_ranks(3, fetched_rows_are_right, have, want) == [True] * 3
 
 
 def norm_of_shifted_half(mesh, dtype, mean):

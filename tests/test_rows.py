@@ -8,6 +8,7 @@ from torch import nn
 
 from engine.bands import banded, max_bands, scale_rows, split_rows
 from engine.bands.layers import BandConv2d
+from engine.bands.rows import overlap, stack_rows
 from engine.config import UserError
 
 
@@ -69,3 +70,12 @@ def test_a_banded_convolution_is_the_whole_one(options, parts, extra_rows, seed)
         with banded(SlicingExchange(whole, band)):
             pieces.append(conv(whole[:, :, band.start : band.stop]))
     torch.testing.assert_close(torch.cat(pieces, 2), expected, rtol=0, atol=1e-12)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1), st.integers(0, 40), st.integers(0, 40))
+def test_overlaps_with_stacked_bands_are_the_rows_themselves(lengths, start, length):
+    rows = range(start, start + length)
+    bands = stack_rows(lengths)
+    assert [len(band) for band in bands] == lengths
+    shared = [row for band in bands for row in overlap(band, rows)]
+    assert shared == [row for row in rows if row < sum(lengths)]

@@ -16,7 +16,7 @@ neighbours, a group norm three sums, linear attention one small matrix; nothing 
 
 from engine.bands.context import banded, current_exchange, sum_over_bands
 from engine.bands.displaced import DisplacedExchange
-from engine.bands.exchange import ExactExchange, Exchange, Traffic
+from engine.bands.exchange import ExactExchange, Exchange, Traffic, fetch_rows
 from engine.bands.mesh import Mesh, is_first_process, join_mesh, open_mesh
 from engine.bands.rows import max_bands, scale_rows, split_rows
 
@@ -28,6 +28,7 @@ __all__ = [
     "Traffic",
     "banded",
     "current_exchange",
+    "fetch_rows",
     "is_first_process",
     "join_mesh",
     "max_bands",

@@ -18,10 +18,13 @@ from typing import Generic, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from engine.bands.mesh import Mesh
+from engine.bands.rows import overlap, stack_rows
 
 T = TypeVar("T")
+Halo = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass
@@ -71,13 +74,27 @@ class Exchange(ABC):
         return self.mesh.rank == self.mesh.size - 1
 
     @abstractmethod
-    def halo(
-        self, layer: object, x: Tensor, above: int, below: int
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The neighbours' rows next to `x` [B, C, h, W]: `above` rows over it, `below` under it.
+    def halo(self, layer: object, x: Tensor, above: int, below: int) -> Halo:
+        """The rows next to `x` [B, C, h, W]: `above` rows over it, `below` rows under it.
 
-        Every rank asks for the same numbers. None stands where the picture ends, or for no rows.
+        Every rank asks for the same numbers. None stands at the picture's edges, or for no rows;
+        rows that would lie beyond an edge that is not this band's own are zeros.
         """
+
+    def wide_halo(self, layer: object, x: Tensor, above: int, below: int) -> Halo:
+        """`halo` for any number of rows, from as many bands as they reach into; waited for."""
+        lengths = self.lengths(layer, x.shape[2])
+        have = stack_rows(lengths)
+        height = have[-1].stop
+        want = [
+            [range(max(0, b.start - above), b.start), range(b.stop, min(height, b.stop + below))]
+            for b in have
+        ]
+        over, under = fetch_pieces(self.mesh, self.traffic, layer, x, have, want)
+        return (
+            None if self.is_top else F.pad(over, (0, 0, above - over.shape[2], 0)),
+            None if self.is_bottom else F.pad(under, (0, 0, 0, below - under.shape[2])),
+        )
 
     @abstractmethod
     def sum(self, layer: object, x: Tensor) -> Tensor:
@@ -103,9 +120,9 @@ class Exchange(ABC):
 class ExactExchange(Exchange):
     """Every layer waits for what it needs: N ranks give what one rank gives, up to rounding."""
 
-    def halo(
-        self, layer: object, x: Tensor, above: int, below: int
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def halo(self, layer: object, x: Tensor, above: int, below: int) -> Halo:
+        if max(above, below) > 1:  # more than the shortest band may have
+            return self.wide_halo(layer, x, above, below)
         return send_halo(self.mesh, self.traffic, layer, x, above, below).wait()
 
     def sum(self, layer: object, x: Tensor) -> Tensor:
@@ -143,17 +160,12 @@ class Transfer(Generic[T]):
         return self.result
 
 
-Halo = tuple[Tensor | None, Tensor | None]
-
-
 def send_halo(
     mesh: Mesh, traffic: Traffic, layer: object, x: Tensor, above: int, below: int
 ) -> Transfer[Halo]:
-    """Swap rows with the neighbours: `Exchange.halo`, not waited for."""
+    """Swap a row with each neighbour: `Exchange.halo`, not waited for."""
     batch, channels, rows, width = x.shape
-    # Every rank has the same plan, but only one may hold the short band; the boundary refuses
-    # such plans on all ranks alike (`distribute`), so this cannot be a user's mistake.
-    assert max(above, below) <= rows, f"a band of {rows} rows cannot serve {above, below}"
+    assert max(above, below) <= 1 <= rows, "a wider halo may reach beyond the neighbour's rows"
     is_top, is_bottom = mesh.rank == 0, mesh.rank == mesh.size - 1
     from_above = None if is_top else x.new_empty(batch, channels, above, width)
     from_below = None if is_bottom else x.new_empty(batch, channels, below, width)
@@ -163,24 +175,85 @@ def send_halo(
     ]
     # Cloned, since the layer may go on to change its activations before they are away.
     pairs = [
-        (mesh.global_rank(peer), rows_out.clone(memory_format=torch.contiguous_format), rows_in)
+        (peer, rows_out.clone(memory_format=torch.contiguous_format), rows_in)
         for peer, rows_out, rows_in in swaps
         if rows_in is not None
     ]
     own, arriving = [out for _, out, _ in pairs], [rows_in for _, _, rows_in in pairs]
     traffic.count(layer, sum(rows_out.nbytes for rows_out in own))
-    return Transfer((from_above, from_below), own, _swap(mesh, pairs), own + arriving)
+    works = _swap(
+        mesh,
+        outgoing=[(peer, rows_out) for peer, rows_out, _ in pairs],
+        incoming=[(peer, rows_in) for peer, _, rows_in in pairs],
+    )
+    return Transfer((from_above, from_below), own, works, own + arriving)
 
 
-def _swap(mesh: Mesh, pairs: list[tuple[int, Tensor, Tensor]]) -> list[dist.Work]:
-    """Send and receive with each (peer, out, in) at once."""
-    operations = []
-    for peer, rows_out, rows_in in pairs:
-        if rows_out.numel():
-            operations.append(dist.P2POp(dist.isend, rows_out, peer, mesh.group))
-        if rows_in.numel():
-            operations.append(dist.P2POp(dist.irecv, rows_in, peer, mesh.group))
+def _swap(
+    mesh: Mesh, outgoing: list[tuple[int, Tensor]], incoming: list[tuple[int, Tensor]]
+) -> list[dist.Work]:
+    """Send and receive all (peer, rows) at once; between two ranks, in the order of the lists."""
+    operations = [
+        dist.P2POp(send_or_receive, rows, mesh.global_rank(peer), mesh.group)
+        for send_or_receive, messages in ((dist.isend, outgoing), (dist.irecv, incoming))
+        for peer, rows in messages
+        if rows.numel()
+    ]
     return dist.batch_isend_irecv(operations) if operations else []
+
+
+def fetch_rows(
+    mesh: Mesh, traffic: Traffic, layer: object, x: Tensor, have: list[range], want: list[range]
+) -> Tensor:
+    """Rows `want[rank]` of a picture of which each rank r holds the rows `have[r]`.
+
+    Args:
+        x: [B, C, h, W], this rank's rows.
+        have, want: the same lists on every rank.
+
+    Returns:
+        [B, C, len(want[rank]), W]
+    """
+    (rows,) = fetch_pieces(mesh, traffic, layer, x, have, [[piece] for piece in want])
+    return rows
+
+
+def fetch_pieces(
+    mesh: Mesh,
+    traffic: Traffic,
+    layer: object,
+    x: Tensor,
+    have: list[range],
+    want: list[list[range]],
+) -> list[Tensor]:
+    """As `fetch_rows`, several pieces for each rank in one round."""
+    batch, channels, _, width = x.shape
+    pieces = [x.new_empty(batch, channels, len(piece), width) for piece in want[mesh.rank]]
+    outgoing, incoming, places = [], [], []
+    for peer in range(mesh.size):
+        for piece in want[peer]:
+            going = overlap(have[mesh.rank], piece)
+            if going and peer != mesh.rank:
+                outgoing.append((peer, _rows_of(x, have[mesh.rank], going).contiguous()))
+        for piece, rows in zip(want[mesh.rank], pieces, strict=True):
+            coming = overlap(have[peer], piece)
+            place = _rows_of(rows, piece, coming)
+            if coming and peer == mesh.rank:
+                place.copy_(_rows_of(x, have[peer], coming))
+            elif coming:
+                incoming.append((peer, torch.empty_like(place)))
+                places.append(place)
+    traffic.count(layer, sum(rows.nbytes for _, rows in outgoing))
+    for work in _swap(mesh, outgoing, incoming):
+        work.wait()
+    for place, (_, rows) in zip(places, incoming, strict=True):
+        place.copy_(rows)
+    return pieces
+
+
+def _rows_of(x: Tensor, have: range, rows: range) -> Tensor:
+    """The picture's `rows` of `x`, which holds the rows `have`."""
+    return x[:, :, rows.start - have.start : rows.stop - have.start]
 
 
 def send_sum(mesh: Mesh, traffic: Traffic, layer: object, x: Tensor) -> Transfer[Tensor]:

@@ -8,7 +8,7 @@ A band begins on a multiple of 2^levels, so that after each stride-2 convolution
 whole row; only the last band may be ragged, and it rounds up just as the whole picture does.
 """
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from engine.config import UserError
 
@@ -40,6 +40,20 @@ def max_bands(height: int, multiple: int = 1) -> int:
 def scale_rows(rows: range, factor: int) -> range:
     """The rows of an enlarged picture that come from `rows`: 8 pixel rows per latent row."""
     return range(rows.start * factor, rows.stop * factor)
+
+
+def stack_rows(lengths: list[int]) -> list[range]:
+    """The rows of bands that are that many rows high, from the top."""
+    return [
+        range(stop - length, stop)
+        for length, stop in zip(lengths, accumulate(lengths), strict=True)
+    ]
+
+
+def overlap(a: range, b: range) -> range:
+    """The rows that two runs of rows share; an empty range where there are none."""
+    start = max(a.start, b.start)
+    return range(start, max(start, min(a.stop, b.stop)))
 
 
 def halo_rows(kernel: int, stride: int, padding: int, dilation: int) -> tuple[int, int]:
