@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.linfusion import linearize as linearize
+    from engine.loading import load as load
     from engine.parallel import collect as collect
     from engine.parallel import distribute as distribute
     from engine.pipeline import Engine as Engine
-    from engine.pipeline import load as load
 
 __version__ = "0.1.0"
 
@@ -25,7 +25,7 @@ _PUBLIC = {
     "collect": "engine.parallel",
     "distribute": "engine.parallel",
     "linearize": "engine.linfusion",
-    "load": "engine.pipeline",
+    "load": "engine.loading",
 }
 
 

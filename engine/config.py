@@ -1,41 +1,35 @@
-"""Typed settings from a YAML file and the command line, and errors that help.
+"""Typed settings: every flag of the command line and every key of a YAML file.
 
-Three libraries, one job each. PyYAML reads the file, tyro splits the command line and prints
-`--help`, pydantic judges the values of both in a single pass. So a value is held to the same rules
-wherever it comes from, and a mistake is answered by one sentence that names the place, the setting,
-what is wrong and what would work:
+How they are read, and how mistakes are answered, is `engine.parsing`. A group is a pydantic model:
+`ladder: {strategy: sdedit}` in the file, `--ladder.strategy sdedit` on the command line.
 
-    configs/night.yaml: heigth: unknown key; did you mean 'height'?
-    --height: 250 px is not a positive multiple of 8; 248 or 256 would work
-
-Flags win over the file, the file wins over the defaults. A setting whose type is itself a pydantic
-model is a group: `output: {format: png}` in the file, `--output.format png` on the command line.
-
-This is the lowest floor: it imports nothing of the engine, and neither torch nor diffusers, so that
-a mistake is answered and help is printed at once.
+This is the lowest floor: it imports neither torch nor diffusers, so that a mistake is answered and
+help is printed at once.
 """
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field, make_dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     model_validator,
 )
-from pydantic_core import ErrorDetails
 
+from engine.parsing import UserError, parse
 
-class UserError(ValueError):
-    """A user's mistake: one sentence that says what is wrong and what would work."""
+__all__ = [
+    "CodecSettings",
+    "LadderSettings",
+    "MemorySettings",
+    "MeshSettings",
+    "Settings",
+    "UserError",
+]
 
 
 def _spell_bool(value: object) -> object:
@@ -62,10 +56,41 @@ def _spell_whole(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-class MeshSettings(BaseModel):
-    """How the ranks share out the work; the band axis is what the other axes leave."""
+def _split_commas(value: object) -> object:
+    """The command line's `20,15` and a YAML file's single number, as the list that they mean."""
+    if isinstance(value, str):
+        return [word.strip() for word in value.split(",")]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Wholes = Annotated[tuple[Annotated[Whole, Field(ge=1)], ...], BeforeValidator(_split_commas)]
+Reals = Annotated[tuple[Real, ...], BeforeValidator(_split_commas)]
+
+
+class Group(BaseModel):
+    """Settings that belong together."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def idle(self) -> dict[str, str]:
+        """The settings that the others leave without effect, and what they go with."""
+        return {}
+
+    @model_validator(mode="after")
+    def _refuse_idle(self) -> Self:
+        """A setting that would be ignored is a mistake that somebody would want to hear of."""
+        for name, needs in self.idle().items():
+            if name in self.model_fields_set:
+                raise ValueError(f"{name} goes with {needs}: choose it, or leave {name} out")
+        return self
+
+    def effective(self) -> dict[str, Any]:
+        """What has an effect, for a picture's metadata. JSON-able."""
+        return self.model_dump(mode="json", exclude=set(self.idle()), exclude_none=True)
+
+
+class MeshSettings(Group):
+    """How the ranks share out the work; the band axis is what the other axes leave."""
 
     guidance: Annotated[Literal["auto", "1", "2"], BeforeValidator(_spell_whole)] = Field(
         default="auto",
@@ -80,13 +105,141 @@ class MeshSettings(BaseModel):
         default=4, ge=1, description="Exact steps at the start of a picture in displaced mode."
     )
 
+    def idle(self) -> dict[str, str]:
+        exact = self.synchronisation == "exact"
+        return {"warmup_steps": "mesh.synchronisation displaced"} if exact else {}
+
+
+_DEMOFUSION_ONLY = dict.fromkeys(
+    (
+        "preset",
+        "branch_threshold",
+        "skip_residual_exponent",
+        "dilation_exponent",
+        "gaussian_exponent",
+        "gaussian_sigma",
+    ),
+    "ladder.strategy demofusion",
+)
+_WAVELET_ONLY = dict.fromkeys(("wavelet_steps", "wavelet_levels"), "ladder.strategy wavelet")
+
+
+class LadderSettings(Group):
+    """From a picture of a size that the model knows, rung by rung, to the one that is wanted."""
+
+    strategy: Literal["none", "sdedit", "demofusion", "wavelet"] = Field(
+        default="none",
+        description="How a rung is made of the one below; 'none' paints at full size at once.",
+    )
+    base: Pixels | None = Field(
+        default=None,
+        description="Long side of the base rung in pixels; by default what the model was made for.",
+    )
+    growth: Real = Field(
+        default=2.0, gt=1, le=4, description="By how much a rung is larger than the last, at most."
+    )
+    sides: Wholes = Field(
+        default=(),
+        description="Long sides of the rungs above the base, in pixels, instead of even growth.",
+    )
+    steps: Wholes = Field(
+        default=(),
+        description="Denoising steps of each rung above the base, were it to begin from noise; "
+        "the last number goes on for the others. By default as many as the base has.",
+    )
+    strengths: Annotated[
+        tuple[Annotated[Real, Field(gt=0, le=1)], ...], BeforeValidator(_split_commas)
+    ] = Field(
+        default=(),
+        description="Share of those steps that each rung runs, by noising that far; the last "
+        "number goes on for the others. By default the strategy's own.",
+    )
+    guidance_scale: Annotated[Real, Field(ge=0)] | None = Field(
+        default=None, description="guidance_scale of the rungs above the base, if another."
+    )
+    upscale: Path | None = Field(
+        default=None, description="A picture to start from instead of painting a base rung."
+    )
+    preset: Literal["exact", "fast"] = Field(
+        default="exact", description="'fast' leaves out branches that weigh less than a hundredth."
+    )
+    branch_threshold: Annotated[Real, Field(ge=0, le=1)] | None = Field(
+        default=None, description="Weight under which a branch is left out; overrides the preset."
+    )
+    skip_residual_exponent: Real = Field(
+        default=3.0, gt=0, description="How fast the hold of the rung below fades (alpha_1)."
+    )
+    dilation_exponent: Real = Field(
+        default=1.0, gt=0, description="How fast the weight of the dilated branch fades (alpha_2)."
+    )
+    gaussian_exponent: Real = Field(
+        default=1.0, gt=0, description="How fast the dilated branch's blur fades (alpha_3)."
+    )
+    gaussian_sigma: Real = Field(
+        default=0.8, gt=0, description="Blur of the dilated branch's input, in latent pixels."
+    )
+    wavelet_steps: Whole = Field(
+        default=5, ge=1, description="Steps at the start of a rung that keep the low frequencies."
+    )
+    wavelet_levels: Whole = Field(
+        default=1, ge=1, le=5, description="Which frequencies are low: those of 2^levels pixels."
+    )
+
+    def idle(self) -> dict[str, str]:
+        if self.strategy == "none":
+            others = set(type(self).model_fields) - {"strategy"}
+            return dict.fromkeys(sorted(others), "a ladder.strategy such as sdedit")
+        return {
+            **({} if self.strategy == "demofusion" else _DEMOFUSION_ONLY),
+            **({} if self.strategy == "wavelet" else _WAVELET_ONLY),
+            **({"growth": "rungs that grow evenly, not with ladder.sides"} if self.sides else {}),
+            **({"base": "a base that is painted, not with ladder.upscale"} if self.upscale else {}),
+        }
+
     @model_validator(mode="after")
-    def _no_idle_warmup(self) -> Self:
-        if self.synchronisation == "exact" and "warmup_steps" in self.model_fields_set:
-            raise ValueError(
-                "warmup_steps goes with synchronisation displaced: choose it, or leave it out"
-            )
+    def _sides_grow(self) -> Self:
+        if list(self.sides) != sorted(set(self.sides)):
+            raise ValueError("sides must grow from rung to rung: list them from small to large")
         return self
+
+    @property
+    def threshold(self) -> float:
+        """The weight under which a branch is left out."""
+        if self.branch_threshold is not None:
+            return self.branch_threshold
+        return 0.01 if self.preset == "fast" else 0.0
+
+
+class CodecSettings(Group):
+    """How pictures become latents and latents pictures."""
+
+    mode: Literal["auto", "exact", "streaming"] = Field(
+        default="auto",
+        description="'exact' sees the whole picture at every layer; 'streaming' passes it through "
+        "in chunks, by statistics of a smaller one, in little memory; 'auto' is exact if it fits.",
+    )
+    statistics: Pixels = Field(
+        default=2048,
+        description="Long side of the smaller picture that streaming takes its statistics from.",
+    )
+    chunk_rows: Whole = Field(
+        default=8, ge=1, description="Latent rows that pass through a streaming codec at a time."
+    )
+
+    def idle(self) -> dict[str, str]:
+        streams = "codec.mode streaming or auto"
+        return {"statistics": streams, "chunk_rows": streams} if self.mode == "exact" else {}
+
+
+class MemorySettings(Group):
+    """Less memory for some time; none of it changes the picture."""
+
+    guidance_in_turn: bool = Field(
+        default=False, description="The two sides of guidance one after the other, not at once."
+    )
+    limit_gb: Annotated[Real, Field(gt=0)] | None = Field(
+        default=None, description="GB (10^9 bytes) that a rank may use; by default what is there."
+    )
 
 
 class Settings(BaseModel):
@@ -135,6 +288,19 @@ class Settings(BaseModel):
     mesh: MeshSettings = Field(
         default=MeshSettings(), description="How the ranks share out the work."
     )
+    ladder: LadderSettings = Field(
+        default=LadderSettings(), description="How a large picture grows from a small one."
+    )
+    codec: CodecSettings = Field(
+        default=CodecSettings(), description="How latents become pictures."
+    )
+    memory: MemorySettings = Field(
+        default=MemorySettings(), description="How to live in little memory."
+    )
+    plan: bool = Field(
+        default=False,
+        description="Only say what it would take: rows, memory, bytes, disk, and time.",
+    )
     timeout_s: Real = Field(
         default=600.0,
         gt=0,
@@ -157,251 +323,13 @@ class Settings(BaseModel):
 
         Raises UserError for every mistake. `--help` prints help and raises SystemExit(0).
         """
-        flags = _read_flags(cls, argv)
-        file = flags.pop((_CONFIG,), None)
-        flags.pop((_LOCAL_RANK,), None)
-        values = {} if file is None else _read_yaml(Path(file))
-        for keys, value in flags.items():
-            _put(values, keys, value)
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise UserError(f"{_place(first, flags, file)}{_sentence(cls, first)}") from None
+        return parse(cls, argv)
 
-    def provenance(self) -> dict[str, str | int | float]:
+    def provenance(self) -> dict[str, Any]:
         """Everything that determines the picture, for the picture's metadata. JSON-able."""
-        facts = self.model_dump(mode="json", exclude={"output", "device", "timeout_s", "mesh"})
+        elsewhere = {"output", "device", "timeout_s", "mesh", "memory", "plan", "codec", "ladder"}
+        facts = self.model_dump(mode="json", exclude=elsewhere)
+        facts |= {"codec": self.codec.effective(), "ladder": self.ladder.effective()}
         if self.mesh.synchronisation != "exact":
             facts |= self.mesh.model_dump(mode="json", include={"synchronisation", "warmup_steps"})
         return facts
-
-
-# --- the command line -----------------------------------------------------------------------------
-
-# Flags that are no settings. Some launchers (torch.distributed.launch, DeepSpeed) append a
-# --local_rank; the engine asks the process group instead, so the flag is accepted and ignored.
-_CONFIG = "config"
-_LOCAL_RANK = "local_rank"
-
-
-class _Words(tuple[str, ...]):
-    """The words after a flag, as they were typed; tells a typed value from a default."""
-
-
-def _read_flags(model: type[BaseModel], argv: Sequence[str] | None) -> dict[tuple[str, ...], str]:
-    """The flags that were typed: {('output', 'format'): 'png'} for `--output.format png`.
-
-    tyro gets a type in which every setting takes any number of words and nothing can be wrong with
-    them. It thus never prints a many-lined complaint and exits; pydantic judges the words later.
-    """
-    import tyro
-
-    typed: Any
-    typed, unknown = tyro.cli(
-        _words_type(model, **_flags_that_are_no_settings()),
-        prog="python -m engine.generate",
-        description=model.__doc__,
-        args=argv,
-        return_unknown_args=True,
-    )
-    flags = {keys: _one_word(keys, words) for keys, words in _typed_words(typed)}
-    if unknown:
-        raise UserError(_unknown_flag(model, unknown[0].partition("=")[0]))
-    return flags
-
-
-def _words_type(model: type[BaseModel], **extra: Any) -> type:
-    """A dataclass with the model's fields and defaults, which takes words for values."""
-    fields = dict(extra)
-    for name, info in model.model_fields.items():
-        if group := _group(info.annotation):
-            words: Any = _words_type(group)
-            fields[name] = (words, field(default_factory=words))
-        else:
-            words = _words(_metavar(info.annotation), info.description)
-            fields[name] = (words, field(default=info.get_default(call_default_factory=True)))
-    return make_dataclass(model.__name__, [(name, *spec) for name, spec in fields.items()])
-
-
-def _flags_that_are_no_settings() -> dict[str, Any]:
-    config = _words("FILE.yaml", "Settings to start from; flags win over the file.", "(optional)")
-    local_rank = _words("INT", "Accepted and ignored, since some launchers add it.", "")
-    return {
-        _CONFIG: (config, field(default=None)),
-        _LOCAL_RANK: (local_rank, field(default=None)),
-    }
-
-
-def _words(metavar: str, description: str | None, hint: str | None = None) -> Any:
-    """A type of which tyro knows the look in `--help`, and nothing else."""
-    import tyro
-
-    spec = tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar=metavar,
-        instance_from_str=_Words,
-        is_instance=lambda _: True,
-        str_from_instance=lambda value: [str(value)],
-    )
-    return Annotated[Any, spec, tyro.conf.arg(help=description, help_behavior_hint=hint)]
-
-
-def _metavar(annotation: Any) -> str:
-    choices = get_args(annotation)
-    return f"{{{','.join(choices)}}}" if choices else str(annotation.__name__).upper()
-
-
-def _typed_words(typed: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for name, value in vars(typed).items():
-        if isinstance(value, _Words):
-            yield (*above, name), value
-        elif hasattr(value, "__dataclass_fields__"):
-            yield from _typed_words(value, (*above, name))
-
-
-def _one_word(keys: tuple[str, ...], words: _Words) -> str:
-    if not words:
-        raise UserError(f"{_flag(keys)}: the value is missing; write {_flag(keys)}=VALUE")
-    if len(words) > 1:
-        quoted = " ".join(words)
-        raise UserError(
-            f"{_flag(keys)}: takes one value but got {len(words)}; "
-            f"put it in quotes: {_flag(keys)} {quoted!r}"
-        )
-    return words[0]
-
-
-def _unknown_flag(model: type[BaseModel], token: str) -> str:
-    if not token.startswith("-"):
-        return f"{token!r}: not a flag; settings are given as --name value, --help lists them"
-    known = [_flag((_CONFIG,)), *(_flag(keys) for keys in _leaves(model))]
-    return f"{token}: unknown flag; {_suggest(token.replace('_', '-'), known, '--help lists them')}"
-
-
-def _flag(keys: tuple[str, ...]) -> str:
-    return "--" + ".".join(keys).replace("_", "-")
-
-
-# --- the file -------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is set twice; PyYAML would let the last one win in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            name = str(key.value)
-            if name in seen:
-                problem = f"{name} is set a second time; keep one of the two"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        siblings = [str(near) for near in sorted(file.parent.glob("*.y*ml"))]
-        hint = _suggest(str(file), siblings, "give the path of a YAML file")
-        raise UserError(f"--config: {file} does not exist; {hint}") from None
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"--config: {file}: {reason}; give a readable YAML file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file}: not UTF-8 text; save it as UTF-8") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: {_yaml_problem(error)}") from None
-    except ValueError as error:  # YAML takes 2026-13-01 for a date and fails to build it
-        raise UserError(f"{file}: {error}; put text that looks like a date in quotes") from None
-    if values is None:  # an empty file, or comments only
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: not a list of settings; write lines such as 'height: 256'")
-    return {str(key): value for key, value in values.items()}
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or "not YAML"
-    return f"line {mark.line + 1}: {problem}" if mark else "not YAML; remove control characters"
-
-
-def _put(tree: dict[str, Any], keys: tuple[str, ...], value: str) -> None:
-    """Set a leaf of nested mappings. A file that has no mapping there is for pydantic to judge."""
-    *groups, last = keys
-    node: Any = tree
-    for group in groups:
-        node = node.setdefault(group, {})
-        if not isinstance(node, dict):
-            return
-    node[last] = value
-
-
-# --- the sentence ---------------------------------------------------------------------------------
-
-
-def _place(error: ErrorDetails, flags: Mapping[tuple[str, ...], str], file: str | None) -> str:
-    """Where the user wrote what is wrong: a flag, or a key of the file."""
-    keys = tuple(str(key) for key in error["loc"])
-    for flag in flags:
-        if keys[: len(flag)] == flag:
-            return f"{_flag(flag)}: "
-    return "".join(f"{part}: " for part in (file, ".".join(keys)) if part)
-
-
-def _sentence(model: type[BaseModel], error: ErrorDetails) -> str:
-    """Pydantic's error in the house's words; a new kind of field may bring a new line here."""
-    limits = error.get("ctx", {})
-    value = "an empty value" if error["input"] is None else repr(error["input"])
-    match error["type"]:
-        case "extra_forbidden" | "invalid_key":
-            known = list(_model_at(model, error["loc"][:-1]).model_fields)
-            every = f"the keys are {', '.join(known)}"
-            return f"unknown key; {_suggest(str(error['loc'][-1]), known, every)}"
-        case "int_parsing" | "int_type" | "int_from_float":
-            return f"{value} is not a whole number; write one such as 8"
-        case "float_parsing" | "float_type" | "finite_number":
-            return f"{value} is not a finite number; write one such as 4.5"
-        case "string_type" | "path_type":
-            return f"{value} is not text; put it in quotes"
-        case "literal_error":
-            return f"{value} is not known; {limits['expected']} would work"
-        case "greater_than":
-            return f"{error['input']} is too small; more than {limits['gt']:g} would work"
-        case "greater_than_equal":
-            return f"{error['input']} is too small; {limits['ge']:g} or more would work"
-        case "less_than_equal":
-            return f"{error['input']} is too large; {limits['le']} or less would work"
-        case "model_type":
-            return f"{value} is not a group of settings; write them below it, indented"
-        case "value_error":
-            return str(limits["error"])
-    return f"{error['msg'][:1].lower()}{error['msg'][1:]}"
-
-
-def _suggest(word: str, known: Sequence[str], otherwise: str) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else otherwise
-
-
-def _group(annotation: Any) -> type[BaseModel] | None:
-    is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
-    return annotation if is_model else None
-
-
-def _model_at(model: type[BaseModel], keys: Sequence[str | int]) -> type[BaseModel]:
-    for key in keys:
-        info = model.model_fields.get(str(key))
-        model = (info and _group(info.annotation)) or model
-    return model
-
-
-def _leaves(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    for name, info in model.model_fields.items():
-        if group := _group(info.annotation):
-            yield from _leaves(group, (*above, name))
-        else:
-            yield (*above, name)

@@ -224,15 +224,23 @@ def convert(unet: nn.Module) -> None:
 def save(unet: nn.Module, folder: Path) -> None:
     """Write the linear attentions of `unet` in LinFusion's published layout, dtype as it is."""
     folder.mkdir(parents=True, exist_ok=True)
-    modules_list, tensors = [], {}
-    for index, (name, attention) in enumerate(self_attentions(unet)):
-        assert isinstance(attention, LinearAttention), f"{name} is not linear"
-        modules_list.append(_describe(name, attention))
+    modules_list, tensors = list_modules(unet), {}
+    assert len(modules_list) == len(list(self_attentions(unet))), "some attention is not linear"
+    for index, (_, attention) in enumerate(self_attentions(unet)):
         for key, tensor in attention.state_dict().items():
             tensors[f"{index}.{key}"] = tensor.contiguous()
     config = {"_class_name": "LinFusion", "modules_list": modules_list}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(tensors, folder / _WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def list_modules(unet: nn.Module) -> list[dict[str, Any]]:
+    """The `modules_list` of the linear attentions of `unet`; empty where there are none."""
+    return [
+        _describe(name, attention)
+        for name, attention in self_attentions(unet)
+        if isinstance(attention, LinearAttention)
+    ]
 
 
 def _describe(name: str, attention: LinearAttention) -> dict[str, Any]:

@@ -13,6 +13,7 @@ ranks. The pipeline in between (scheduler, guidance, callbacks) sees whole laten
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import diffusers
@@ -103,10 +104,20 @@ def distribute(
     collect(pipe)
     mesh.agree(lambda: _refuse(pipe))
     pipe.to(mesh.device)
-    layout, vae_layout = _layouts(mesh, groups, exchange, check_drift)
+    layout = share_out(mesh, groups, exchange, check_drift)
     if mesh.size > 1:
+        vae_layout = share_out(mesh, 1, ExactExchange, check_drift, layout.traffic)
         mesh.agree(lambda: _swap_classes(pipe, layout, vae_layout))
     return layout
+
+
+def lay_out(pipe: DiffusionPipeline, layout: Layout) -> None:
+    """Give the UNet and the ControlNets of a distributed pipeline another layout, for a call."""
+    for network, boundary in _networks(pipe):
+        if isinstance(network, Boundary) and boundary is not VAEBoundary:
+            type(network).layout = layout
+    if isinstance(pipe, Boundary):
+        type(pipe).layout = layout
 
 
 def _swap_classes(pipe: DiffusionPipeline, layout: Layout, vae_layout: Layout) -> None:
@@ -118,18 +129,21 @@ def _swap_classes(pipe: DiffusionPipeline, layout: Layout, vae_layout: Layout) -
     with_boundary(pipe, PipelineBoundary, layout)
 
 
-def _layouts(
-    mesh: Mesh, groups: int, exchange: Callable[[Mesh, Traffic], Exchange], check_drift: bool
-) -> tuple[Layout, Layout]:
-    """(the UNet's and the ControlNets', the VAE's): a decoder's bands are shared by all ranks."""
-    traffic = Traffic()
+def share_out(
+    mesh: Mesh,
+    groups: int,
+    exchange: Callable[[Mesh, Traffic], Exchange] = ExactExchange,
+    check_drift: bool = True,
+    traffic: Traffic | None = None,
+) -> Layout:
+    """The layout of `mesh` with the batch shared out over `groups`, each of which cuts bands.
+
+    Every rank makes the call alike. `traffic` goes on counting where it is given.
+    """
+    traffic = traffic or Traffic()
     batch, bands = mesh.split(groups)
-    alone = Mesh(0, 1, mesh.device, None)
-    unet_exchange = exchange(bands, traffic) if bands.size > 1 else None
-    vae_exchange = ExactExchange(mesh, traffic) if mesh.size > 1 else None
-    return (
-        Layout(mesh, batch, unet_exchange, traffic, check_drift),
-        Layout(mesh, alone, vae_exchange, traffic, check_drift),
+    return Layout(
+        mesh, batch, exchange(bands, traffic) if bands.size > 1 else None, traffic, check_drift
     )
 
 
@@ -239,16 +253,28 @@ class PipelineBoundary(Boundary):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the pipeline's own, on every rank alike."""
         call, world = super().__call__, self.layout.world  # type: ignore[misc]
-        world.agree(self._refuse_attachments)
         given = world.agree(lambda: inspect.signature(call).bind(*args, **kwargs).arguments)
-        _require_same_call(world, given, self.unet)
-        _share_random_state(world, given.get("generator"))
-        if self.layout.exchange is None:
+        with self.painting(given):
+            _share_random_state(world, given.get("generator"))
             return call(*args, **kwargs)
-        self.layout.exchange.reset()
-        output = call(*args, **kwargs)
-        self.layout.exchange.reset()  # nothing is left on its way, and no buffers are held
-        return output
+
+    @contextmanager
+    def painting(self, given: Mapping[str, Any]) -> Iterator[None]:
+        """Around all that makes one picture of what was `given`, on every rank alike.
+
+        Raises:
+            UserError: ranks were given different things, or something has no exact form over bands.
+        """
+        self.layout.world.agree(self._refuse_attachments)
+        _require_same_call(self.layout.world, given, self.unet)
+        self.forget()
+        yield
+        self.forget()  # nothing is left on its way, and no buffers are held
+
+    def forget(self) -> None:
+        """Another picture begins, or another rung of one; for modes that remember."""
+        if self.layout.exchange is not None:
+            self.layout.exchange.reset()
 
     def _refuse_attachments(self) -> None:
         """What was attached after `distribute` is refused before the first step too."""
@@ -292,6 +318,8 @@ def _require_same_call(mesh: Mesh, given: Mapping[str, Any], unet: nn.Module) ->
 
 
 def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_plain(item) for item in value.values())
     if isinstance(value, list | tuple):
         return all(_is_plain(item) for item in value)
     return value is None or isinstance(value, str | int | float)

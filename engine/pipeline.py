@@ -17,35 +17,29 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
+import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from safetensors import SafetensorError, safe_open
+from diffusers import DiffusionPipeline
 from torch import Tensor
+from torch.nn import functional as F
 
 import engine
-from engine import codec, output
+from engine import codec, ladder, output
 from engine.bands import DisplacedExchange, ExactExchange, Exchange, Mesh, Traffic, max_bands
 from engine.bands.axes import Axes, choose_axes
 from engine.bands.boundary import downsampling_factor
 from engine.config import Settings, UserError
-from engine.demo import WEIGHTS
-from engine.linfusion import find_checkpoint, linearize, read_config
-from engine.parallel import distribute, require_same_versions
+from engine.diffusion import Conditions, Denoiser, encode
+from engine.ladder import Rung
+from engine.loading import Description, describe, load, picture_size, read_picture
+from engine.parallel import PipelineBoundary, distribute, lay_out, require_same_versions, share_out
 from engine.progress import progress_bar
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
-
-_PAINTERS = (StableDiffusionPipeline.__name__, StableDiffusionXLPipeline.__name__)
 
 
 @dataclass(frozen=True)
@@ -89,7 +83,10 @@ class Engine:
         self.pipe = pipe
         self.mesh = mesh
         self._settings = settings
-        self.traffic = distribute(pipe, mesh, groups=groups, exchange=exchange).traffic
+        self._exchange = exchange
+        layout = distribute(pipe, mesh, groups=groups, exchange=exchange)
+        self._layouts = {groups: layout}
+        self.traffic = layout.traffic
         pipe.set_progress_bar_config(disable=True)
 
     @classmethod
@@ -105,13 +102,15 @@ class Engine:
         require_same_versions(mesh)
         axes = _choose_axes(settings, mesh.size)
         mesh.agree(lambda: output.check_destination(settings.output))
-        mesh.agree(lambda: _check_model(settings, mesh.size))
+        description = mesh.agree(lambda: describe(settings.model, settings.linfusion))
+        if description:
+            mesh.agree(lambda: _check(settings, mesh.size, description))
         if mesh.rank == 0 and mesh.size > 1:
             logger.info("%d ranks on %s as %s", mesh.size, mesh.device.type, axes)
         pipe = mesh.agree(
             lambda: load(settings.model, settings.linfusion, dtype=_dtype(settings, mesh))
         )
-        _check_bands(settings, mesh.size, downsampling_factor(pipe.unet.config.block_out_channels))
+        mesh.agree(lambda: _check(settings, mesh.size, Description.of(pipe)))
         return cls(pipe, mesh, axes.groups, _exchange(settings), settings)
 
     def generate(self, settings: Settings) -> Picture:
@@ -143,25 +142,98 @@ class Engine:
             if getattr(settings, name) != getattr(self._settings, name):
                 raise UserError(f"{name} differs from what was loaded: load another Engine for it")
 
+    @torch.no_grad()
     def latent(self, settings: Settings) -> Tensor:
-        """The denoised latent [1, 4, H / 8, W / 8], the same on every rank."""
-        # Every rank draws the whole noise from the same CPU generator: no rank count, no device
-        # changes it.
-        noise_source = torch.Generator("cpu").manual_seed(settings.seed)
-        with progress_bar("painting", settings.steps, enabled=self.mesh.rank == 0) as advance:
-            latent: Tensor = self.pipe(
-                settings.prompt,
-                # None is not "": SDXL then guides by zeros, as its configuration asks.
-                negative_prompt=settings.negative_prompt or None,
-                height=settings.height,
-                width=settings.width,
-                num_inference_steps=settings.steps,
-                guidance_scale=settings.guidance_scale,
-                generator=noise_source,
-                output_type="latent",
-                callback_on_step_end=_on_step_end(advance),
-            ).images
-        return latent
+        """The latent [1, C, H / 8, W / 8] of the finished picture, the same on every rank."""
+        path = settings.ladder.upscale
+        start = self.mesh.agree(lambda: read_picture(path) if path else None)
+        rungs = self.mesh.agree(lambda: _rungs(settings, Description.of(self.pipe)))
+        with self._painting(settings):
+            conditions = self._encode(settings, rungs)
+            # Every rank draws the whole noise from the same CPU generator: no rank count, no
+            # device changes it.
+            generator = torch.Generator("cpu").manual_seed(settings.seed)
+            state = None
+            for rung in rungs if start is None else rungs[1:]:
+                if rung.index == 0:
+                    state = self._begin_base(rung, generator)
+                else:
+                    reference = self._enlarge(state, start, rung)
+                    scheduler = self.pipe.scheduler
+                    state = ladder.begin_rung(rung, scheduler, reference, generator, state)
+                self._climb(settings, conditions, state, rung, len(rungs))
+        assert state is not None, "a ladder has a base or a rung"
+        return state.latent
+
+    def _painting(self, settings: Settings) -> contextlib.AbstractContextManager[None]:
+        """What surrounds a picture where ranks share it."""
+        if isinstance(self.pipe, PipelineBoundary):
+            return self.pipe.painting(settings.provenance())
+        return contextlib.nullcontext()
+
+    def _encode(self, settings: Settings, rungs: list[Rung]) -> Conditions:
+        return encode(
+            self.pipe,
+            settings.prompt,
+            settings.negative_prompt,
+            guided=self.pipe.unet.config.time_cond_proj_dim is None
+            and any(rung.guidance_scale > 1 for rung in rungs),
+            height=rungs[0].height,
+            width=rungs[0].width,
+        )
+
+    def _begin_base(self, rung: Rung, generator: torch.Generator) -> ladder.State:
+        unet = self.pipe.unet
+        like = torch.empty(0, device=self.mesh.device, dtype=unet.dtype)
+        return ladder.begin_base(
+            rung, self.pipe.scheduler, generator, like, unet.config.in_channels
+        )
+
+    def _enlarge(self, state: ladder.State | None, start: np.ndarray | None, rung: Rung) -> Tensor:
+        """The picture below (the state's, or the one to start from) as a latent of this rung."""
+        vae = self.pipe.vae
+        if state is None:
+            assert start is not None
+            pixels = torch.from_numpy(start).to(vae.device, vae.dtype) / 127.5 - 1
+            pixels = pixels.permute(2, 0, 1)[None]
+        else:
+            pixels = vae.decode(state.latent / vae.config.scaling_factor).sample
+        size = (rung.height, rung.width)
+        pixels = F.interpolate(pixels.clamp(-1, 1), size, mode="bicubic").clamp(-1, 1)
+        return vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+
+    def _climb(
+        self,
+        settings: Settings,
+        conditions: Conditions,
+        state: ladder.State,
+        rung: Rung,
+        count: int,
+    ) -> None:
+        """Denoise one rung, as many ranks sharing it as it has bands."""
+        guided = len(conditions.embeddings) == 2 and rung.guidance_scale > 1
+        if not guided and len(conditions.embeddings) == 2:
+            conditions = conditions.side(1)
+        in_turn = settings.memory.guidance_in_turn
+        self._lay_out(settings, rung, guided and not in_turn)
+        model = Denoiser(self.pipe, conditions, rung.guidance_scale, in_turn)
+        title = "painting" if count == 1 else f"{rung} px, rung {rung.index} of {count - 1}"
+        total = ladder.calls(state.scheduler, rung)
+        with progress_bar(title, total, enabled=self.mesh.rank == 0) as advance:
+            ladder.climb(model, state, rung, settings.ladder, lambda _: advance())
+
+    def _lay_out(self, settings: Settings, rung: Rung, guided: bool) -> None:
+        """Share the rung out over the ranks; a small one has fewer bands than there are ranks."""
+        if self.mesh.size == 1:
+            return
+        row_multiple = downsampling_factor(self.pipe.unet.config.block_out_channels)
+        groups = ladder.groups(settings, rung, self.mesh.size, row_multiple, guided)
+        if groups not in self._layouts:
+            self._layouts[groups] = share_out(
+                self.mesh, groups, self._exchange, traffic=self.traffic
+            )
+        lay_out(self.pipe, self._layouts[groups])
+        self.pipe.forget()
 
     def _write(self, settings: Settings, rows: range, band: Tensor) -> None:
         """Each rank compresses its own `band` [h, W, 3]; rank 0 joins the parts and renames."""
@@ -203,64 +275,6 @@ def _report_disk_errors(path: Path, action: Callable[[], T]) -> T:
         ) from error
 
 
-def _on_step_end(advance: Callable[[], object]) -> Callable[..., dict[str, Any]]:
-    def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        advance()
-        return tensors
-
-    return callback
-
-
-def load(model: str, linfusion: str = "auto", **options: Any) -> DiffusionPipeline:
-    """A Stable Diffusion pipeline with LinFusion's linear attention, on the CPU.
-
-    Args:
-        model: "demo", a diffusers folder, a hub id, or a single `.safetensors` file.
-        linfusion: LinFusion modules as in `engine.linearize`; "none" leaves softmax attention.
-        options: for diffusers' `from_pretrained` or `from_single_file`, such as `dtype`. A folder's
-            safety checker is left out unless it is passed.
-
-    Raises:
-        UserError: there is no such model, it is of another kind, or the modules do not fit.
-    """
-    try:
-        if Path(model).suffix == ".safetensors":
-            pipe = _single_file_class(Path(model)).from_single_file(model, **options)
-        else:
-            pipe = _from_folder(_model_source(model), options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _unreadable(model, error) from error
-    if linfusion != "none":
-        linearize(pipe, linfusion)
-    return pipe
-
-
-def _from_folder(source: str, options: dict[str, Any]) -> DiffusionPipeline:
-    index = DiffusionPipeline.load_config(source)
-    # The safety checker looks at whole pictures on one device; no rank need have one.
-    extras = {"safety_checker": None} if "safety_checker" in index else {}
-    return DiffusionPipeline.from_pretrained(source, **{**extras, **options})
-
-
-def _single_file_class(file: Path) -> type[DiffusionPipeline]:
-    """SDXL keeps its text encoders under a name of its own; only the file's header is read."""
-    with safe_open(file, "pt") as tensors:
-        is_xl = any(key.startswith("conditioner.embedders.") for key in tensors.keys())  # noqa: SIM118
-    return StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
-
-
-def _unreadable(model: str, error: Exception) -> UserError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    return UserError(
-        f"model {model!r} is not readable: give 'demo', a diffusers folder, a .safetensors file or "
-        f"a hub id ({reason})"
-    )
-
-
-def _model_source(model: str) -> str:
-    return str(WEIGHTS) if model == "demo" else model
-
-
 def _choose_axes(settings: Settings, ranks: int) -> Axes:
     asked = settings.mesh.guidance
     return choose_axes(
@@ -276,31 +290,23 @@ def _exchange(settings: Settings) -> Callable[[Mesh, Traffic], Exchange]:
     return partial(DisplacedExchange, warmup_steps=settings.mesh.warmup_steps)
 
 
-def _check_model(settings: Settings, ranks: int) -> None:
-    """Everything that the model's configuration files tell, without its weights."""
-    if Path(settings.model).suffix == ".safetensors":
-        if not Path(settings.model).is_file():
-            raise _unreadable(settings.model, FileNotFoundError("no such file"))
-        return  # all else is known when it is loaded
-    source = _model_source(settings.model)
-    try:
-        index = DiffusionPipeline.load_config(source)
-        unet = UNet2DConditionModel.load_config(source, subfolder="unet")
-    except (OSError, ValueError) as error:
-        raise _unreadable(settings.model, error) from error
-    if index.get("_class_name") not in _PAINTERS:
+def _check(settings: Settings, ranks: int, model: Description) -> None:
+    """What can be known of a job from the model's configuration files."""
+    if settings.ladder.strategy == "none":
+        _check_bands(settings, ranks, downsampling_factor(model.unet["block_out_channels"]))
+        return
+    smallest = _rungs(settings, model)[0]
+    if ranks > smallest.height // 8:
         raise UserError(
-            f"model {settings.model!r} is a {index.get('_class_name')}: the command line paints "
-            f"with {' and '.join(_PAINTERS)}"
+            f"the smallest rung of {smallest} px cannot be shared by {ranks} ranks: start "
+            f"{smallest.height // 8}, or set ladder.base to a larger side"
         )
-    if index["vae"][1] != AutoencoderKL.__name__:
-        raise UserError(
-            f"model {settings.model!r} decodes by a {index['vae'][1]}: the command line needs an "
-            "AutoencoderKL, whose decoder it shares out"
-        )
-    _check_bands(settings, ranks, downsampling_factor(unet["block_out_channels"]))
-    if settings.linfusion != "none":
-        read_config(find_checkpoint(settings.linfusion, source, unet["cross_attention_dim"]))
+
+
+def _rungs(settings: Settings, model: Description) -> list[Rung]:
+    """The ladder of `settings` for this model, or from the picture that they begin with."""
+    start = settings.ladder.upscale
+    return ladder.rungs(settings, model.native_side, picture_size(start) if start else None)
 
 
 def _check_bands(settings: Settings, ranks: int, row_multiple: int) -> None:

@@ -85,7 +85,11 @@ def test_every_setting_from_the_file_and_from_flags() -> None:
     }
     expected = Settings.model_validate(values)
     assert from_yaml(json.dumps(values)) == expected
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
+    flags = [
+        f"--{key.replace('_', '-')}{f'.{name}' if name else ''}={setting}"
+        for key, value in values.items()
+        for name, setting in (value if isinstance(value, dict) else {"": value}).items()
+    ]
     assert Settings.load(flags) == expected
 
 
@@ -138,6 +142,8 @@ def test_provenance_is_what_determines_the_picture() -> None:
         "model": "demo",
         "linfusion": "auto",
         "dtype": "auto",
+        "codec": {"mode": "auto", "statistics": 2048, "chunk_rows": 8},
+        "ladder": {"strategy": "none"},
     }
 
 
@@ -147,9 +153,11 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for name, info in Settings.model_fields.items():
-        if name != "mesh":
-            assert f"--{name.replace('_', '-')} " in text
-            assert info.description in text
+        group = info.annotation if name in ("mesh", "ladder", "codec", "memory") else None
+        for key, setting in (group.model_fields if group else {"": info}).items():
+            flag = f"{name}.{key}" if key else name
+            assert f"--{flag.replace('_', '-')} " in text
+            assert setting.description in text
     for flag in ("guidance {auto,1,2}", "synchronisation {exact,displaced}", "warmup-steps"):
         assert f"--mesh.{flag}" in text
     assert "--config FILE.yaml" in text
@@ -216,7 +224,8 @@ def test_a_word_without_a_flag() -> None:
         (
             "1: 2",
             "1: unknown key; the keys are prompt, negative_prompt, height, width, seed, steps, "
-            "guidance_scale, model, linfusion, output, device, dtype, mesh, timeout_s",
+            "guidance_scale, model, linfusion, output, device, dtype, mesh, ladder, codec, memory, "
+            "plan, timeout_s",
         ),
         ("height: 250", "height: 250 px is not a positive multiple of 8; 248 or 256 would work"),
         ("height: tall", "height: 'tall' is not a whole number; write one such as 8"),
@@ -285,8 +294,55 @@ def test_an_option_that_would_be_ignored_is_refused() -> None:
     with pytest.raises(UserError) as caught:
         Settings.load(["--mesh.warmup-steps=2"])
     assert str(caught.value) == (
-        "mesh: warmup_steps goes with synchronisation displaced: choose it, or leave it out"
+        "mesh: warmup_steps goes with mesh.synchronisation displaced: choose it, or leave "
+        "warmup_steps out"
     )
+
+
+@pytest.mark.parametrize("spelling", ["[20, 15]", "'20,15'", "'20, 15'"])
+def test_several_numbers(spelling: str) -> None:
+    assert from_yaml(f"ladder: {{strategy: sdedit, steps: {spelling}}}").ladder.steps == (20, 15)
+    flags = ["--ladder.strategy", "sdedit", "--ladder.steps", "20,15", "--ladder.strengths=0.5"]
+    assert Settings.load(flags).ladder.steps == (20, 15)
+    assert Settings.load(flags).ladder.strengths == (0.5,)
+
+
+@pytest.mark.parametrize(
+    ("ladder", "sentence"),
+    [
+        ("{base: 512}", "ladder: base goes with a ladder.strategy such as sdedit: choose it, or "),
+        ("{strategy: sdedit, wavelet_steps: 3}", "ladder: wavelet_steps goes with ladder.strategy"),
+        ("{strategy: wavelet, preset: fast}", "ladder: preset goes with ladder.strategy demofus"),
+        ("{strategy: sdedit, sides: [9, 8]}", "ladder: sides must grow from rung to rung: list"),
+        ("{strategy: sdedit, sides: [9], growth: 2}", "ladder: growth goes with rungs that grow"),
+        ("{strategy: sdedit, upscale: a.png, base: 8}", "ladder: base goes with a base that is"),
+        ("{strategy: sdedit, steps: [a]}", "ladder.steps.0: 'a' is not a whole number; write one"),
+        ("{strategy: sdedit, strengths: 2}", "ladder.strengths.0: 2 is too large; 1 or less"),
+    ],
+)
+def test_ladders_that_do_not_work(ladder: str, sentence: str) -> None:
+    assert yaml_refusal(f"ladder: {ladder}").startswith(f"x.yaml: {sentence}")
+
+
+def test_a_flag_that_says_yes() -> None:
+    assert Settings.load(["--plan"]).plan
+    assert Settings.load(["--plan", "--seed", "2"]).plan
+    assert not Settings.load(["--plan", "no"]).plan
+    assert refusal("--plan", "perhaps").startswith("--plan: ")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"strategy": "sdedit"},
+        {"strategy": "demofusion"},
+        {"strategy": "wavelet", "sides": (9,)},
+    ],
+)
+def test_a_provenance_can_be_read_again(options: dict[str, object]) -> None:
+    settings = Settings.model_validate({"ladder": options, "codec": {"mode": "exact"}})
+    assert Settings.model_validate(settings.provenance()) == settings
 
 
 def test_what_changes_the_picture_is_in_the_provenance() -> None:

@@ -94,3 +94,15 @@ def _reason(image: int, guidance: int, guided: bool, left: int, automatic: bool)
     elif left > 1:
         parts.append("there is no guidance to share out")
     return ", and ".join(parts) or "one rank does it all"
+
+
+def fitting_groups(ranks: int, groups: int, most_bands: int) -> int:
+    """The fewest groups, `groups` or more, that leave no more bands than a small picture has.
+
+    More groups than the batch has samples all compute the same: a rank that waits is no faster.
+    """
+    return next(
+        parts
+        for parts in range(groups, ranks + 1)
+        if ranks % parts == 0 and ranks // parts <= most_bands
+    )

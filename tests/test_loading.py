@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 import engine
 from engine.config import UserError
 from engine.linfusion import LinearAttention, self_attentions
-from engine.pipeline import _single_file_class
+from engine.loading import _single_file_class
 
 
 def is_linear(pipe):
