@@ -149,14 +149,14 @@ def _sides(ladder: LadderSettings, base: int, top: int) -> list[int]:
         return [*(side for side in ladder.sides if side < top), top]
     # A hair less, since the logarithm of an exact power may come out a bit above it.
     count = math.ceil(math.log(top / base, ladder.growth) - 1e-9)
-    between = (base * (top / base) ** (rung / count) for rung in range(1, count))
-    return [*(round(side) for side in between), top] if count else []
+    between = {8 * round(base * (top / base) ** (rung / count) / 8) for rung in range(1, count)}
+    return [*sorted(side for side in between if base < side < top), top] if count else []
 
 
 def _options(ladder: LadderSettings, steps: int, count: int) -> list[tuple[int, float]]:
     """(steps, strength) of every rung above the base."""
     for name in ("steps", "strengths"):
-        if len(getattr(ladder, name)) > count:
+        if len(getattr(ladder, name)) > max(count, 1):
             raise UserError(
                 f"ladder.{name}: {len(getattr(ladder, name))} numbers for {count} rungs above the "
                 "base: give one for each, or fewer"
