@@ -12,6 +12,7 @@ each of which returns a `Transfer` at once. The modes differ in when they wait f
 
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -104,6 +105,27 @@ class Exchange(ABC):
     def gather(self, layer: object, x: Tensor, dim: int) -> Tensor:
         """All bands' `x`, one after the other along `dim`, where they may differ in length."""
 
+    def statistics(self, layer: object, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        """Mean and variance [B, groups] over all bands of `x` [B, C, ...], for a group norm.
+
+        No data vary less than a part of them does; rounding, or a guess of what the other bands
+        have by now (`engine.bands.displaced`), could say otherwise, so the own part is the least.
+        """
+        own = moments(x, groups)
+        total = self.sum(layer, own)
+        mean, variance = mean_and_variance(total)
+        own_share = mean_and_variance(own)[1] * own[0] / total[0]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return mean.to(dtype), torch.maximum(variance, own_share).to(dtype)
+
+    def delay(self, layer: object, x: Tensor) -> Callable[[int], Tensor]:
+        """Hold `x` [B, C, h, W] until it is added to what the layer's convolutions make of it.
+
+        Returns a function that is told the rows that they made and gives those of `x` which belong
+        to them: all of them, unless rows come in chunks (`engine.bands.stream`).
+        """
+        return lambda rows: x
+
     def lengths(self, layer: object, own: int) -> list[int]:
         """Every band's `own`, in order from the top: how many tokens each has, say."""
         counts = self.mesh.gather_small(torch.tensor([own], device=self.mesh.device))
@@ -131,6 +153,31 @@ class ExactExchange(Exchange):
     def gather(self, layer: object, x: Tensor, dim: int) -> Tensor:
         lengths = self.lengths(layer, x.shape[dim])
         return gather_parts(self.mesh, self.traffic, layer, x, dim, lengths)
+
+
+# --- moments --------------------------------------------------------------------------------------
+
+
+def moments(x: Tensor, groups: int) -> Tensor:
+    """[count, sum, sum of squares] of `x` [B, C, ...] for each group of channels: [3, B, groups].
+
+    Mean and variance are taken in fp32 in two passes, and only their recombination, a few numbers
+    per group, goes through a sum of squares, in fp64, where the cancellation of E[x^2] - E[x]^2
+    does no harm. fp16 activations never get squared in fp16.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    grouped = x.reshape(x.shape[0], groups, -1)
+    variance, mean = torch.var_mean(grouped.to(dtype), dim=-1, correction=0)
+    mean, variance = mean.double(), variance.double()
+    count = torch.full_like(mean, grouped.shape[-1])
+    return torch.stack([count, count * mean, count * (variance + mean**2)])
+
+
+def mean_and_variance(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """[3, ...] -> the mean and the variance [...] of all that was counted."""
+    count, total, squares = moments
+    mean = total / count
+    return mean, squares / count - mean**2
 
 
 # --- what every mode sends ------------------------------------------------------------------------

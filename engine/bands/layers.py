@@ -14,6 +14,7 @@ from diffusers.models.attention_processor import (
     XFormersAttnProcessor,
 )
 from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -71,13 +72,31 @@ class BandDownsample2D(Downsample2D):  # type: ignore[misc]
         return self.conv(F.pad(hidden_states, (0, 1, 0, int(exchange.is_bottom))))
 
 
-class BandGroupNorm(nn.GroupNorm):
-    """A group norm over all bands: one all-reduce of [count, sum, sum of squares] per group.
+class BandResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
+    """The VAE's residual block, where rows that were convolved meet rows that were not.
 
-    The local mean and variance are taken in fp32 in two passes, and only their recombination, a
-    few numbers per group, goes through a sum of squares, in fp64, where the cancellation of
-    E[x^2] - E[x]^2 does no harm. fp16 activations never get squared in fp16.
+    On whole bands both are equally many. In a stream the convolutions are a few rows late, so the
+    rows that go around them wait for as long: `Exchange.delay`.
     """
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
+        """[B, C, h, W] -> [B, C', h', W]"""
+        exchange = current_exchange()
+        if exchange is None:
+            return super().forward(input_tensor, temb)
+        assert temb is None, "a VAE has no time"
+        assert self.upsample is self.downsample is None
+        around = exchange.delay(self, input_tensor)
+        hidden = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
+        hidden = self.conv2(self.dropout(self.nonlinearity(self.norm2(hidden))))
+        shortcut = around(hidden.shape[2])
+        if self.conv_shortcut is not None:
+            shortcut = self.conv_shortcut(shortcut)
+        return (shortcut + hidden) / self.output_scale_factor
+
+
+class BandGroupNorm(nn.GroupNorm):
+    """A group norm over all bands: one all-reduce of [count, sum, sum of squares] per group."""
 
     traffic_kind = "group norm"
 
@@ -86,24 +105,8 @@ class BandGroupNorm(nn.GroupNorm):
         exchange = current_exchange()
         if exchange is None:
             return super().forward(input)
-        mean, variance = self._global_statistics(exchange, input)
+        mean, variance = exchange.statistics(self, input, self.num_groups)
         return self._normalise(input, mean, variance)
-
-    def _global_statistics(self, exchange: Exchange, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance [B, groups] over all bands, in the dtype to normalise in."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        groups = x.reshape(x.shape[0], self.num_groups, -1)
-        variance, mean = torch.var_mean(groups.to(dtype), dim=-1, correction=0)
-        mean, variance = mean.double(), variance.double()
-        count = torch.full_like(mean, groups.shape[-1])
-        own_share = count * variance
-        moments = torch.stack([count, count * mean, count * (variance + mean**2)])
-        count, total, squares = exchange.sum(self, moments)
-        mean = total / count
-        # No data vary less than a part of them does; rounding, or a guess of what the other bands
-        # have by now (`engine.bands.displaced`), could say otherwise.
-        variance = torch.maximum(squares / count - mean**2, own_share / count)
-        return mean.to(dtype), variance.to(dtype)
 
     def _normalise(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         """(x - mean) / sqrt(variance + eps) * weight + bias, as a batch norm of B * C channels.
