@@ -160,6 +160,12 @@ class LadderSettings(Group):
     upscale: Path | None = Field(
         default=None, description="A picture to start from instead of painting a base rung."
     )
+    keep_colours: Whole = Field(
+        default=0,
+        ge=0,
+        description="Long side of a thumbnail of the base that every rung keeps; with 0 colours "
+        "drift as the VAE makes them.",
+    )
     preset: Literal["exact", "fast"] = Field(
         default="exact", description="'fast' leaves out branches that weigh less than a hundredth."
     )
@@ -218,9 +224,15 @@ class CodecSettings(Group):
         description="'exact' sees the whole picture at every layer; 'streaming' passes it through "
         "in chunks, by statistics of a smaller one, in little memory; 'auto' is exact if it fits.",
     )
-    statistics: Pixels = Field(
-        default=2048,
-        description="Long side of the smaller picture that streaming takes its statistics from.",
+    statistics_px: Whole = Field(
+        default=512,
+        ge=64,
+        description="Long side of the thinned picture that streaming models its statistics on.",
+    )
+    passes: Whole = Field(
+        default=2,
+        ge=0,
+        description="Streams through the whole picture that only measure; each costs one more.",
     )
     chunk_rows: Whole = Field(
         default=8, ge=1, description="Latent rows that pass through a streaming codec at a time."
@@ -228,7 +240,8 @@ class CodecSettings(Group):
 
     def idle(self) -> dict[str, str]:
         streams = "codec.mode streaming or auto"
-        return {"statistics": streams, "chunk_rows": streams} if self.mode == "exact" else {}
+        idle = ("statistics_px", "passes", "chunk_rows") if self.mode == "exact" else ()
+        return dict.fromkeys(idle, streams)
 
 
 class MemorySettings(Group):

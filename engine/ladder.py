@@ -28,7 +28,7 @@ All that the steps still to come depend on is in the `State`.
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -218,6 +218,7 @@ class State:
         reference: [1, C, H, W], the rung below, enlarged and encoded; None in the base rung.
         noise: [1, C, H, W], what the reference was noised with.
         anchor: (mean, standard deviation), [1, C, 1, 1] each, of the base's latent.
+        colours: [1, 3, s, t], a thumbnail of the base's pixels, where its colours are kept.
     """
 
     rung: int
@@ -227,7 +228,8 @@ class State:
     generator: torch.Generator
     reference: Tensor | None = None
     noise: Tensor | None = None
-    anchor: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    anchor: tuple[Tensor, Tensor] | None = None
+    colours: Tensor | None = None
 
 
 def begin_base(
@@ -241,7 +243,12 @@ def begin_base(
 
 
 def begin_rung(
-    rung: Rung, scheduler: Any, reference: Tensor, generator: torch.Generator, below: State | None
+    rung: Rung,
+    scheduler: Any,
+    reference: Tensor,
+    generator: torch.Generator,
+    below: State | None = None,
+    colours: Tensor | None = None,
 ) -> State:
     """The enlarged picture's latent `reference`, noised as far as the rung's strength says.
 
@@ -259,7 +266,7 @@ def begin_rung(
         anchor = channel_statistics(reference)
     else:
         anchor = below.anchor or channel_statistics(below.latent)
-    return State(rung.index, 0, latent, scheduler, generator, reference, noise, anchor)
+    return State(rung.index, 0, latent, scheduler, generator, reference, noise, anchor, colours)
 
 
 def _fresh(scheduler: Any, rung: Rung, device: torch.device) -> Any:

@@ -19,17 +19,16 @@ from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
-from torch.nn import functional as F
 
 import engine
 from engine import codec, ladder, output
 from engine.bands import DisplacedExchange, ExactExchange, Exchange, Mesh, Traffic, max_bands
 from engine.bands.axes import Axes, choose_axes
 from engine.bands.boundary import downsampling_factor
+from engine.colours import keep_colours, thumbnail
 from engine.config import Settings, UserError
 from engine.diffusion import Conditions, Denoiser, encode
 from engine.ladder import Rung
@@ -121,9 +120,7 @@ class Engine:
         """
         self._require_loaded(settings)
         start, sent_before = time.perf_counter(), self.traffic.megabytes
-        latent = self.latent(settings)
-        with torch.no_grad():
-            rows, pixels = codec.decode(self.pipe.vae, latent)
+        rows, pixels = self.paint(settings)
         self._write(settings, rows, codec.to_uint8(pixels)[0])
         return Picture(
             path=settings.output,
@@ -143,27 +140,36 @@ class Engine:
                 raise UserError(f"{name} differs from what was loaded: load another Engine for it")
 
     @torch.no_grad()
+    def paint(self, settings: Settings) -> tuple[range, Tensor]:
+        """This rank's rows of the finished picture, and their pixels [1, 3, h, W] in -1 ... 1."""
+        state = self._climb_all(settings)
+        return self._pixels(settings, state, settings.height)
+
+    @torch.no_grad()
     def latent(self, settings: Settings) -> Tensor:
         """The latent [1, C, H / 8, W / 8] of the finished picture, the same on every rank."""
-        path = settings.ladder.upscale
-        start = self.mesh.agree(lambda: read_picture(path) if path else None)
+        return self._climb_all(settings).latent
+
+    def _climb_all(self, settings: Settings) -> ladder.State:
+        """From the base, or from the picture that is to be upscaled, to the last rung's end."""
         rungs = self.mesh.agree(lambda: _rungs(settings, Description.of(self.pipe)))
+        scheduler = self.pipe.scheduler
         with self._painting(settings):
             conditions = self._encode(settings, rungs)
             # Every rank draws the whole noise from the same CPU generator: no rank count, no
             # device changes it.
             generator = torch.Generator("cpu").manual_seed(settings.seed)
             state = None
-            for rung in rungs if start is None else rungs[1:]:
+            for rung in rungs[1:] if settings.ladder.upscale else rungs:
                 if rung.index == 0:
                     state = self._begin_base(rung, generator)
                 else:
-                    reference = self._enlarge(state, start, rung)
-                    scheduler = self.pipe.scheduler
-                    state = ladder.begin_rung(rung, scheduler, reference, generator, state)
+                    below = rungs[rung.index - 1]
+                    reference, colours = self._enlarge(settings, state, below, rung)
+                    state = ladder.begin_rung(rung, scheduler, reference, generator, state, colours)
                 self._climb(settings, conditions, state, rung, len(rungs))
         assert state is not None, "a ladder has a base or a rung"
-        return state.latent
+        return state
 
     def _painting(self, settings: Settings) -> contextlib.AbstractContextManager[None]:
         """What surrounds a picture where ranks share it."""
@@ -189,18 +195,53 @@ class Engine:
             rung, self.pipe.scheduler, generator, like, unet.config.in_channels
         )
 
-    def _enlarge(self, state: ladder.State | None, start: np.ndarray | None, rung: Rung) -> Tensor:
-        """The picture below (the state's, or the one to start from) as a latent of this rung."""
+    def _pixels(self, settings: Settings, state: ladder.State, height: int) -> tuple[range, Tensor]:
+        """This rank's rows of what `state` looks like, in the base's colours if they are kept."""
+        vae = self.pipe.vae
+        rows, pixels = codec.decode(vae, state.latent, self._codec(settings))
+        if state.colours is not None:
+            pixels = keep_colours(codec.layout_of(vae), pixels, rows, height, state.colours)
+        return rows, pixels.clamp_(-1, 1)
+
+    def _enlarge(
+        self, settings: Settings, state: ladder.State | None, below: Rung, rung: Rung
+    ) -> tuple[Tensor, Tensor | None]:
+        """The picture below (the state's, or the user's) as a latent of this rung's size.
+
+        Rows of pixels all the way: no rank holds the picture but in its latent.
+
+        Returns:
+            (latent, the thumbnail whose colours are kept)
+        """
         vae = self.pipe.vae
         if state is None:
-            assert start is not None
-            pixels = torch.from_numpy(start).to(vae.device, vae.dtype) / 127.5 - 1
-            pixels = pixels.permute(2, 0, 1)[None]
+            rows, pixels = self._own_rows(settings, below.height)
         else:
-            pixels = vae.decode(state.latent / vae.config.scaling_factor).sample
-        size = (rung.height, rung.width)
-        pixels = F.interpolate(pixels.clamp(-1, 1), size, mode="bicubic").clamp(-1, 1)
-        return vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+            rows, pixels = self._pixels(settings, state, below.height)
+        colours = None if state is None else state.colours
+        if settings.ladder.keep_colours and colours is None:
+            side = settings.ladder.keep_colours
+            colours = thumbnail(codec.layout_of(vae), pixels, rows, below.height, side)
+        sizes = (below.height, below.width), (rung.height, rung.width)
+        _, pixels = codec.resize(vae, pixels, *sizes)
+        latent = codec.encode(vae, pixels.clamp_(-1, 1), rung.height, self._codec(settings))
+        return latent.to(self.pipe.unet.dtype), colours
+
+    def _own_rows(self, settings: Settings, height: int) -> tuple[range, Tensor]:
+        """This rank's rows of the picture to upscale, [1, 3, h, W] in -1 ... 1."""
+        path, vae = settings.ladder.upscale, self.pipe.vae
+        assert path is not None
+        layout = codec.layout_of(vae)
+        rows = layout.own(layout.bands(height, 8))
+        picture = self.mesh.agree(lambda: read_picture(path))
+        pixels = torch.from_numpy(picture[rows.start : rows.stop]).to(vae.device, vae.dtype)
+        return rows, (pixels / 127.5 - 1).permute(2, 0, 1)[None]
+
+    def _codec(self, settings: Settings) -> codec.Codec:
+        asked = settings.codec
+        if asked.mode == "streaming":
+            return codec.Streaming(asked.statistics_px, asked.passes, asked.chunk_rows)
+        return codec.Exact()
 
     def _climb(
         self,

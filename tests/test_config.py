@@ -142,7 +142,7 @@ def test_provenance_is_what_determines_the_picture() -> None:
         "model": "demo",
         "linfusion": "auto",
         "dtype": "auto",
-        "codec": {"mode": "auto", "statistics": 2048, "chunk_rows": 8},
+        "codec": {"mode": "auto", "statistics_px": 512, "passes": 2, "chunk_rows": 8},
         "ladder": {"strategy": "none"},
     }
 
