@@ -16,7 +16,7 @@ with a `modules_list`, and the tensors `0.to_q.weight`, `0.to_q_.0.weight`, ... 
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -81,6 +81,12 @@ def apply_state(query: Tensor, mean_state: Tensor) -> Tensor:
     [B, heads, n, d] and [B, heads, d, d+1] -> [B, heads, n, d] in the dtype of `query`. The
     numerator can overflow fp16 before the division, so it is not rounded before it.
     """
+    blocks = [_apply_to_block(q, mean_state) for q in query.split(_BLOCK_TOKENS, dim=-2)]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-2)
+
+
+def _apply_to_block(query: Tensor, mean_state: Tensor) -> Tensor:
+    """`apply_state` for as many queries as are held in fp32 at once."""
     both = feature_map(query.to(mean_state.dtype)) @ mean_state
     numerator, normaliser = both[..., :-1], both[..., -1:]
     return (numerator / (normaliser + NORMALISER_EPS)).to(query.dtype)
@@ -134,14 +140,26 @@ class LinearAttention(Attention):  # type: ignore[misc]
         """[B, n, C] -> [B, n, C], n being this band's tokens. Self-attention only, no mask."""
         assert encoder_hidden_states is None, "linear attention replaces self-attention only"
         assert attention_mask is None, "linear attention has no pairwise scores to mask"
-        query = self.to_q(hidden_states + self.to_q_(hidden_states))
-        key = self.to_k(hidden_states + self.to_k_(hidden_states))
-        value = self.to_v(hidden_states)
-        query, key, value = (self._split_heads(x) for x in (query, key, value))
-        with _no_autocast(hidden_states.device):
-            state = attention_state(key, value)
-            state, tokens = sum_over_bands(self, state, count=hidden_states.shape[1])
-            mixed = apply_state(query, state / tokens)
+        return self.attend(hidden_states, self.mean_state([hidden_states]))
+
+    def mean_state(self, tokens: Iterable[Tensor]) -> Tensor:
+        """[S, z] over all bands' tokens, of which this band's come in chunks [B, n, C]."""
+        states, count = [], 0
+        for chunk in tokens:
+            key = self._split_heads(self.to_k(chunk + self.to_k_(chunk)))
+            value = self._split_heads(self.to_v(chunk))
+            with _no_autocast(chunk.device):
+                states.append(attention_state(key, value))
+            count += chunk.shape[1]
+        with _no_autocast(states[0].device):
+            state, total = sum_over_bands(self, sum(states[1:], start=states[0]), count)
+            return state / total
+
+    def attend(self, tokens: Tensor, mean_state: Tensor) -> Tensor:
+        """[B, n, C] -> [B, n, C]: what these tokens, all or some, read from the state."""
+        query = self._split_heads(self.to_q(tokens + self.to_q_(tokens)))
+        with _no_autocast(tokens.device):
+            mixed = apply_state(query, mean_state)
         return self.to_out[0](mixed.transpose(1, 2).flatten(2))
 
     def _split_heads(self, x: Tensor) -> Tensor:

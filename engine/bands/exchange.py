@@ -105,18 +105,18 @@ class Exchange(ABC):
     def gather(self, layer: object, x: Tensor, dim: int) -> Tensor:
         """All bands' `x`, one after the other along `dim`, where they may differ in length."""
 
-    def statistics(self, layer: object, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-        """Mean and variance [B, groups] over all bands of `x` [B, C, ...], for a group norm.
+    def statistics(self, layer: object, parts: list[Tensor], groups: int) -> tuple[Tensor, Tensor]:
+        """Mean and variance [B, groups] over all bands, for a group norm; `parts` as in `moments`.
 
         No data vary less than a part of them does; rounding, or a guess of what the other bands
         have by now (`engine.bands.displaced`), could say otherwise, so the own part is the least.
         """
-        own = moments(x, groups)
+        own = moments(parts, groups)
         total = self.sum(layer, own)
         mean, variance = mean_and_variance(total)
         own_share = mean_and_variance(own)[1] * own[0] / total[0]
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return mean.to(dtype), torch.maximum(variance, own_share).to(dtype)
+        dtype = torch.promote_types(parts[0].dtype, torch.float32)
+        return mean.to(dtype), torch.maximum(variance, own_share).clamp(min=0).to(dtype)
 
     def delay(self, layer: object, x: Tensor) -> Callable[[int], Tensor]:
         """Hold `x` [B, C, h, W] until it is added to what the layer's convolutions make of it.
@@ -158,19 +158,38 @@ class ExactExchange(Exchange):
 # --- moments --------------------------------------------------------------------------------------
 
 
-def moments(x: Tensor, groups: int) -> Tensor:
-    """[count, sum, sum of squares] of `x` [B, C, ...] for each group of channels: [3, B, groups].
+def moments(parts: list[Tensor], groups: int) -> Tensor:
+    """[count, sum, sum of squares] of each group of channels: [3, B, groups] in fp64.
 
     Mean and variance are taken in fp32 in two passes, and only their recombination, a few numbers
-    per group, goes through a sum of squares, in fp64, where the cancellation of E[x^2] - E[x]^2
+    per channel, goes through a sum of squares, in fp64, where the cancellation of E[x^2] - E[x]^2
     does no harm. fp16 activations never get squared in fp16.
+
+    Args:
+        parts: [B, C_i, ...] each, whose channels one after the other are grouped: a group may lie
+            across two of them.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    grouped = x.reshape(x.shape[0], groups, -1)
-    variance, mean = torch.var_mean(grouped.to(dtype), dim=-1, correction=0)
-    mean, variance = mean.double(), variance.double()
-    count = torch.full_like(mean, grouped.shape[-1])
-    return torch.stack([count, count * mean, count * (variance + mean**2)])
+    dtype = torch.promote_types(parts[0].dtype, torch.float32)
+    by_channel = torch.cat([_channel_moments(part, dtype) for part in parts], dim=-1)
+    return by_channel.unflatten(-1, (groups, -1)).sum(-1)
+
+
+_STATISTICS_ELEMENTS = 2**25  # of a chunk that is widened to fp32
+
+
+def _channel_moments(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[count, sum, sum of squares] of every channel of x [B, C, ...]: [3, B, C] in fp64.
+
+    Chunk by chunk, so that half precision is never widened all at once.
+    """
+    places = max(1, _STATISTICS_ELEMENTS // max(1, x.numel() // x.shape[2]))
+    moments = x.new_zeros(3, *x.shape[:2], dtype=torch.float64)
+    for chunk in x.split(places, dim=2):
+        variance, mean = torch.var_mean(chunk.to(dtype), dim=tuple(range(2, x.ndim)), correction=0)
+        mean, variance = mean.double(), variance.double()
+        count = torch.full_like(mean, chunk[0, 0].numel())
+        moments += torch.stack([count, count * mean, count * (variance + mean**2)])
+    return moments
 
 
 def mean_and_variance(moments: Tensor) -> tuple[Tensor, Tensor]:

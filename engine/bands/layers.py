@@ -19,13 +19,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.bands.context import current_exchange
-from engine.bands.exchange import Exchange
+from engine.bands.exchange import Exchange, mean_and_variance, moments
 from engine.bands.rows import halo_rows
 from engine.config import UserError
 
+_MAX_ELEMENTS = 2**31 - 1  # what 32-bit indices reach, in convolution kernels
+
 
 class BandConv2d(nn.Conv2d):
-    """A convolution that takes the rows next to its band from the neighbours (one round)."""
+    """A convolution that takes the rows next to its band from the neighbours (one round).
+
+    On bands or not, no kernel is given a tensor of 2^31 elements or more, in or out.
+    """
 
     traffic_kind = "convolution"
 
@@ -40,11 +45,37 @@ class BandConv2d(nn.Conv2d):
         Overridden rather than `forward`, which accelerate's offload hooks replace on the instance.
         """
         exchange = current_exchange()
-        if exchange is None or self.halo_rows() == (0, 0):
+        padding = (int(self.padding[0]), int(self.padding[1]))
+        if exchange is not None and self.halo_rows() != (0, 0):
+            input, padding = self._with_halo(exchange, input), (0, padding[1])
+        elif self.padding_mode != "zeros":
             return super()._conv_forward(input, weight, bias)
-        extended = self._with_halo(exchange, input)
-        padding = (0, int(self.padding[1]))
-        return F.conv2d(extended, weight, bias, self.stride, padding, self.dilation, self.groups)
+        return self._convolve(input, weight, bias, padding)
+
+    def _convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]
+    ) -> Tensor:
+        """The plain convolution of [B, C, h, W], by chunks of rows where it or the result is large.
+
+        A chunk of output rows i ... j - 1 reads the rows i * stride - padding and on, and what of
+        these lies beyond the edges of x is the convolution's zeros.
+        """
+        batch, channels, height, width = x.shape
+        options = (self.stride, (0, padding[1]), self.dilation, self.groups)
+        stride, reach = self.stride[0], self.dilation[0] * (self.kernel_size[0] - 1) + 1
+        rows = (height + 2 * padding[0] - reach) // stride + 1
+        row_elements = batch * width * max(channels * stride, len(weight))
+        rows_at_once = max(1, _MAX_ELEMENTS // row_elements - reach)
+        if rows <= rows_at_once:
+            return F.conv2d(x, weight, bias, self.stride, padding, *options[2:])
+        chunks = []
+        for start in range(0, rows, rows_at_once):
+            first = start * stride - padding[0]
+            last = (min(start + rows_at_once, rows) - 1) * stride - padding[0] + reach
+            zeros = (0, 0, max(0, -first), max(0, last - height))
+            piece = F.pad(x[:, :, max(0, first) : last], zeros)
+            chunks.append(F.conv2d(piece, weight, bias, *options))
+        return torch.cat(chunks, dim=2)
 
     def _with_halo(self, exchange: Exchange, x: Tensor) -> Tensor:
         """`x` between its neighbours' rows, or the convolution's zeros at the picture's edges."""
@@ -105,25 +136,42 @@ class BandGroupNorm(nn.GroupNorm):
         exchange = current_exchange()
         if exchange is None:
             return super().forward(input)
-        mean, variance = exchange.statistics(self, input, self.num_groups)
-        return self._normalise(input, mean, variance)
+        mean, variance = global_statistics(self, exchange, [input])
+        return normalise(self, input, mean, variance)
 
-    def _normalise(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-        """(x - mean) / sqrt(variance + eps) * weight + bias, as a batch norm of B * C channels.
 
-        That is the one fused kernel which takes statistics from outside.
-        """
-        batch, channels = x.shape[:2]
-        per_channel = channels // self.num_groups
-        normalised = F.batch_norm(
-            x.reshape(1, batch * channels, -1),
-            mean.flatten().repeat_interleave(per_channel),
-            variance.flatten().repeat_interleave(per_channel),
-            None if self.weight is None else self.weight.to(mean.dtype).repeat(batch),
-            None if self.bias is None else self.bias.to(mean.dtype).repeat(batch),
-            eps=self.eps,
-        )
-        return normalised.view(x.shape)
+def global_statistics(
+    norm: nn.GroupNorm, exchange: Exchange | None, parts: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance [B, groups] over all bands, in the dtype to normalise in.
+
+    Args:
+        parts: [B, C_i, ...] each, whose channels one after the other are what `norm` is for: a
+            group may lie across two of them.
+    """
+    if exchange is not None:
+        return exchange.statistics(norm, parts, norm.num_groups)
+    mean, variance = mean_and_variance(moments(parts, norm.num_groups))
+    dtype = torch.promote_types(parts[0].dtype, torch.float32)
+    return mean.to(dtype), variance.clamp(min=0).to(dtype)
+
+
+def normalise(norm: nn.GroupNorm, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias, as a batch norm of B * C channels.
+
+    That is the one fused kernel which takes statistics from outside.
+    """
+    batch, channels = x.shape[:2]
+    per_channel = channels // norm.num_groups
+    normalised = F.batch_norm(
+        x.reshape(1, batch * channels, -1),
+        mean.flatten().repeat_interleave(per_channel),
+        variance.flatten().repeat_interleave(per_channel),
+        None if norm.weight is None else norm.weight.to(mean.dtype).repeat(batch),
+        None if norm.bias is None else norm.bias.to(mean.dtype).repeat(batch),
+        eps=norm.eps,
+    )
+    return normalised.view(x.shape)
 
 
 # These compute the same function, by slices or by another kernel; bands do it their own way.

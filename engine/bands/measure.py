@@ -72,8 +72,8 @@ class Rehearsal(Alone):
         self.seen: dict[object, Moments] = {}
         self.used = Frozen()
 
-    def statistics(self, layer: object, x: Tensor, groups: int) -> Moments:
-        self.seen[layer] = super().statistics(layer, x, groups)
+    def statistics(self, layer: object, parts: list[Tensor], groups: int) -> Moments:
+        self.seen[layer] = super().statistics(layer, parts, groups)
         correction = self.corrections.get(layer, Correction())
         self.used.norms[layer] = correction.apply(self.seen[layer])
         return self.used.norms[layer]

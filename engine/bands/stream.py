@@ -174,12 +174,12 @@ class Stream(Alone):
 
         return take
 
-    def statistics(self, layer: object, x: Tensor, groups: int) -> Moments:
+    def statistics(self, layer: object, parts: list[Tensor], groups: int) -> Moments:
         """The frozen ones; what the own rows add to the true ones is noted by the way."""
         if self.measures:
-            rows, own = self._own_rows(layer, x)
+            rows, own = self._own_rows(layer, torch.cat(parts, 1) if len(parts) > 1 else parts[0])
             if len(rows):
-                part = moments(own, groups)
+                part = moments([own], groups)
                 self.moments[layer] = self.moments[layer] + part if layer in self.moments else part
         return self.frozen.norms[layer]
 
