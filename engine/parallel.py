@@ -27,6 +27,14 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
+from diffusers.models.unets.unet_2d_blocks import (
+    CrossAttnDownBlock2D,
+    CrossAttnUpBlock2D,
+    DownBlock2D,
+    UNetMidBlock2D,
+    UNetMidBlock2DCrossAttn,
+    UpBlock2D,
+)
 from torch import Tensor, nn
 
 from engine.bands import ExactExchange, Exchange, Mesh, Traffic, functions, join_mesh
@@ -57,14 +65,15 @@ _BANDED_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     Downsample2D: BandDownsample2D,
 }
 # The blocks of Stable Diffusion, whose every operation is known; others pool, say, or resize.
-_BLOCKS = {
-    "CrossAttnDownBlock2D",
-    "CrossAttnUpBlock2D",
-    "DownBlock2D",
-    "UNetMidBlock2D",
-    "UNetMidBlock2DCrossAttn",
-    "UpBlock2D",
-}
+# `engine.memory` puts subclasses in their places, which compute the same.
+_BLOCKS = (
+    CrossAttnDownBlock2D,
+    CrossAttnUpBlock2D,
+    DownBlock2D,
+    UNetMidBlock2D,
+    UNetMidBlock2DCrossAttn,
+    UpBlock2D,
+)
 _PLAIN_LAYERS = {banded: plain for plain, banded in _BANDED_LAYERS.items()} | {
     BandSelfAttention: Attention
 }
@@ -103,7 +112,8 @@ def distribute(
     require_same_versions(mesh)
     collect(pipe)
     mesh.agree(lambda: _refuse(pipe))
-    pipe.to(mesh.device)
+    with torch.inference_mode(False):  # sharded weights (`engine.memory`) would not move under it
+        pipe.to(mesh.device)
     layout = share_out(mesh, groups, exchange, check_drift)
     if mesh.size > 1:
         vae_layout = share_out(mesh, 1, ExactExchange, check_drift, layout.traffic)
@@ -153,6 +163,8 @@ def collect(pipe: DiffusionPipeline) -> None:
         pipe.layout.close()
     without_boundary(pipe)
     for network, _ in _networks(pipe):
+        if not isinstance(network, Boundary):
+            continue
         without_boundary(network)
         for module in network.modules():
             if plain := _PLAIN_LAYERS.get(type(module)):
@@ -216,7 +228,8 @@ def _refuse(pipe: DiffusionPipeline) -> None:
     if not isinstance(unet, UNet2DConditionModel):
         raise UserError(f"{name} has no UNet2DConditionModel: only Stable Diffusion is distributed")
     blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
-    if unknown := {type(b).__name__ for b in blocks if b is not None} - _BLOCKS:
+    blocks = [block for block in blocks if block is not None]
+    if unknown := {type(b).__name__ for b in blocks if not isinstance(b, _BLOCKS)}:
         raise UserError(
             f"{name} has a UNet of {', '.join(sorted(unknown))}, with no exact form over bands: "
             "only Stable Diffusion is distributed"

@@ -17,6 +17,7 @@ FLOORS = {
     "engine.linfusion": 3,
     "engine.parallel": 3,
     "engine.codec": 4,
+    "engine.memory": 4,
     "engine.colours": 4,
     "engine.diffusion": 4,
     "engine.loading": 4,
