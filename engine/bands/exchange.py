@@ -60,7 +60,7 @@ class Exchange(ABC):
     """What a layer may ask of the other bands."""
 
     def __init__(self, mesh: Mesh, traffic: Traffic) -> None:
-        assert mesh.group is not None, "a single rank has nobody to exchange with"
+        assert mesh.size > 1, "a single rank has nobody to exchange with"
         self.mesh = mesh
         self.traffic = traffic
 
@@ -128,9 +128,9 @@ class Exchange(ABC):
 
     def lengths(self, layer: object, own: int) -> list[int]:
         """Every band's `own`, in order from the top: how many tokens each has, say."""
-        counts = self.mesh.gather_small(torch.tensor([own], device=self.mesh.device))
+        lengths = self.mesh.gather_lengths(own)
         self.traffic.count(layer, (self.mesh.size - 1) * 8)
-        return [count for (count,) in counts]
+        return lengths
 
     def start(self, sample: Tensor) -> None:  # noqa: B027
         """A network begins a forward on `sample`, the whole one; for modes that remember."""
@@ -247,25 +247,11 @@ def send_halo(
     ]
     own, arriving = [out for _, out, _ in pairs], [rows_in for _, _, rows_in in pairs]
     traffic.count(layer, sum(rows_out.nbytes for rows_out in own))
-    works = _swap(
-        mesh,
+    works = mesh.swap(
         outgoing=[(peer, rows_out) for peer, rows_out, _ in pairs],
         incoming=[(peer, rows_in) for peer, _, rows_in in pairs],
     )
     return Transfer((from_above, from_below), own, works, own + arriving)
-
-
-def _swap(
-    mesh: Mesh, outgoing: list[tuple[int, Tensor]], incoming: list[tuple[int, Tensor]]
-) -> list[dist.Work]:
-    """Send and receive all (peer, rows) at once; between two ranks, in the order of the lists."""
-    operations = [
-        dist.P2POp(send_or_receive, rows, mesh.global_rank(peer), mesh.group)
-        for send_or_receive, messages in ((dist.isend, outgoing), (dist.irecv, incoming))
-        for peer, rows in messages
-        if rows.numel()
-    ]
-    return dist.batch_isend_irecv(operations) if operations else []
 
 
 def fetch_rows(
@@ -310,7 +296,7 @@ def fetch_pieces(
                 incoming.append((peer, torch.empty_like(place)))
                 places.append(place)
     traffic.count(layer, sum(rows.nbytes for _, rows in outgoing))
-    for work in _swap(mesh, outgoing, incoming):
+    for work in mesh.swap(outgoing, incoming):
         work.wait()
     for place, (_, rows) in zip(places, incoming, strict=True):
         place.copy_(rows)
@@ -325,9 +311,9 @@ def _rows_of(x: Tensor, have: range, rows: range) -> Tensor:
 def send_sum(mesh: Mesh, traffic: Traffic, layer: object, x: Tensor) -> Transfer[Tensor]:
     """All-reduce `x`: `Exchange.sum`, not waited for."""
     total = x.clone(memory_format=torch.contiguous_format)
-    work = dist.all_reduce(total, group=mesh.group, async_op=True)
+    works = mesh.all_reduce(total)
     traffic.count(layer, 2 * (mesh.size - 1) / mesh.size * total.nbytes)
-    return Transfer(total, [x], [work], [total, x])
+    return Transfer(total, [x], works, [total, x])
 
 
 def send_parts(
@@ -340,9 +326,9 @@ def send_parts(
     padded = front.new_zeros(max(lengths), *front.shape[1:])
     padded[: len(front)] = front
     parts = [padded if r == mesh.rank else torch.empty_like(padded) for r in range(mesh.size)]
-    work = dist.all_gather(parts, padded, group=mesh.group, async_op=True)
+    works = mesh.all_gather(parts, padded)
     traffic.count(layer, (mesh.size - 1) * padded.nbytes)
-    return Transfer(parts, [padded], [work], parts)
+    return Transfer(parts, [padded], works, parts)
 
 
 def join_parts(parts: list[Tensor], dim: int, lengths: list[int]) -> Tensor:

@@ -70,6 +70,30 @@ class Mesh:
         dist.all_gather(parts, numbers, group=self.group)
         return torch.stack(parts).tolist()
 
+    def gather_lengths(self, own: int) -> list[int]:
+        """Every rank's number, in rank order, by way of this rank's device."""
+        return [n for (n,) in self.gather_small(torch.tensor([own], device=self.device))]
+
+    def all_reduce(self, x: Tensor) -> list[dist.Work]:
+        """Set off the sum of `x` over all ranks, in place. Done when the works are waited for."""
+        return [dist.all_reduce(x, group=self.group, async_op=True)]
+
+    def all_gather(self, parts: list[Tensor], x: Tensor) -> list[dist.Work]:
+        """Set off the copies of every rank's `x` into `parts`, which are as large."""
+        return [dist.all_gather(parts, x, group=self.group, async_op=True)]
+
+    def swap(
+        self, outgoing: list[tuple[int, Tensor]], incoming: list[tuple[int, Tensor]]
+    ) -> list[dist.Work]:
+        """Set off all messages (peer, x) at once; between two ranks, in the order of the lists."""
+        operations = [
+            dist.P2POp(send_or_receive, x, self.global_rank(peer), self.group)
+            for send_or_receive, messages in ((dist.isend, outgoing), (dist.irecv, incoming))
+            for peer, x in messages
+            if x.numel()
+        ]
+        return dist.batch_isend_irecv(operations) if operations else []
+
     def split(self, parts: int) -> "tuple[Mesh, Mesh]":
         """Two axes of this mesh: (across, within) `parts` equal runs of neighbouring ranks.
 
