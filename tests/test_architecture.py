@@ -16,6 +16,7 @@ FLOORS = {
     "engine.progress": 2,
     "engine.linfusion": 3,
     "engine.parallel": 3,
+    "engine.simulation": 3,
     "engine.codec": 4,
     "engine.memory": 4,
     "engine.colours": 4,

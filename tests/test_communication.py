@@ -5,36 +5,16 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from engine import linfusion
-from engine.bands import Exchange, Mesh, Traffic, banded
+from engine.bands import ExactExchange, Traffic, banded
 from engine.parallel import band_layers
+from engine.simulation import META, PretendedMesh, pretended
 
 RANKS = 8
 
 
-class CountingExchange(Exchange):
-    """A band in the middle of eight, on the meta device: nothing travels, all is counted."""
-
-    def __init__(self):
-        self.mesh = Mesh(RANKS // 2, RANKS, torch.device("meta"), None)
-        self.traffic = Traffic()
-
-    def halo(self, layer, x, above, below):
-        batch, channels, _, width = x.shape
-        over, under = (x.new_empty(batch, channels, rows, width) for rows in (above, below))
-        self.traffic.count(layer, over.nbytes + under.nbytes)
-        return over, under
-
-    def sum(self, layer, x):
-        self.traffic.count(layer, 2 * (RANKS - 1) / RANKS * x.nbytes)
-        return x
-
-    def gather(self, layer, x, dim):
-        raise AssertionError("linear attention gathers no tokens")
-
-
 @pytest.fixture(scope="module")
 def sdxl():
-    with torch.device("meta"):
+    with pretended(torch.float16):
         unet = UNet2DConditionModel(
             sample_size=128,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -47,16 +27,18 @@ def sdxl():
             addition_embed_type="text_time",
             addition_time_embed_dim=256,
             projection_class_embeddings_input_dim=2816,
-        ).half()
+        )
         linfusion.convert(unet)
     band_layers(unet)
     return unet
 
 
 def forward_traffic(unet, pixels):
-    exchange = CountingExchange()
+    """Of a band in the middle of eight."""
     side = pixels // 8
-    with torch.device("meta"), torch.no_grad(), banded(exchange):
+    mesh = PretendedMesh.of(RANKS, side, multiple=4)
+    traffic = Traffic()
+    with META, torch.no_grad(), banded(ExactExchange(mesh, traffic)):
         unet(
             torch.empty(1, 4, side // RANKS, side, dtype=torch.float16),
             torch.empty((), dtype=torch.int64),
@@ -66,7 +48,7 @@ def forward_traffic(unet, pixels):
                 "time_ids": torch.empty(1, 6, dtype=torch.float16),
             },
         )
-    return exchange.traffic
+    return traffic
 
 
 def test_rounds_of_sdxl(sdxl):
