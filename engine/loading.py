@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
@@ -84,6 +86,30 @@ def describe(model: str, linfusion: str = "auto") -> Description | None:
         return Description(unet, vae, None)
     modules = read_config(find_checkpoint(linfusion, source, unet["cross_attention_dim"]))
     return Description(unet, vae, modules)
+
+
+def count_text_parameters(model: str) -> int:
+    """Weights of the text encoders of a model, by their configuration files; 0 for a single file.
+
+    Raises:
+        UserError: they are not readable.
+    """
+    if Path(model).suffix == ".safetensors":
+        return 0
+    source, count = _model_source(model), 0
+    try:
+        index = DiffusionPipeline.load_config(source)
+        for part in ("text_encoder", "text_encoder_2"):
+            _, name = index.get(part) or (None, None)
+            if name is None:
+                continue
+            kind = getattr(transformers, name)
+            config = kind.config_class.from_pretrained(source, subfolder=part)
+            with torch.device("meta"):
+                count += sum(weight.numel() for weight in kind(config).parameters())
+    except (OSError, ValueError) as error:
+        raise _unreadable(model, error) from error
+    return count
 
 
 def _require_painter(model: str, index: dict[str, Any]) -> None:

@@ -1,0 +1,153 @@
+"""What a job would take, told before anything is loaded: rows, memory, bytes, disk, and time.
+
+    plan = make_plan(settings, mesh)
+    print(plan)                   a table, rung by rung of the ladder
+    plan.check()                  raises UserError where it does not fit, with the settings that do
+
+Every rung is run on networks without numbers (`needs.py`, `engine.simulation`), by the code that
+will paint. It has up to four parts, one after the other:
+
+    UNet            all its steps, the sides of guidance at once or in turn
+    dilated UNet    the second branch of the demofusion strategy, with wider halos
+    encoder         the enlarged picture below becomes a latent
+    decoder         the latent becomes the picture below the next rung, or the bytes of the file
+
+A rank needs at once all weights, the latents that the ladder keeps, and the peak of one part. That
+is held against what is free (`engine.hardware`). What does not fit is simulated again with other
+settings until it does (`refusal.py`), so that the refusal names settings which were tried.
+
+The time is an estimate: arithmetic, bytes and rounds, each over a speed that was measured for some
+hundredths of a second.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.bands import Mesh
+from engine.config import Settings, UserError
+from engine.hardware import Speeds, free_disk_bytes, free_memory_bytes, kernels_of, measure
+from engine.loading import Description, count_text_parameters, describe
+from engine.plan.needs import Needs, Rehearsal
+from engine.plan.refusal import refusal
+from engine.plan.table import duration, gigabytes, ranks_text, rung_table
+
+__all__ = ["Needs", "Plan", "make_plan"]
+
+PNG_SHARE = 0.6
+"""of its raw pixels that a photograph takes as a PNG; flat pictures take less, noise takes all"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job takes, and what there is for it.
+
+    Attributes:
+        limit_bytes: that a rank may use.
+        free_disk_bytes: where the file is to go.
+        raw_bytes: of the picture's pixels, which no file exceeds by much.
+        refusal: why the job cannot be done, and what would help; None if it can.
+    """
+
+    needs: Needs
+    speeds: Speeds
+    limit_bytes: int
+    free_disk_bytes: int
+    raw_bytes: int
+    refusal: str | None
+
+    def check(self) -> None:
+        """Raises UserError where the job does not fit, naming settings that would."""
+        if self.refusal:
+            raise UserError(self.refusal)
+
+    @property
+    def writing_s(self) -> float:
+        """An estimate for the file, which every rank compresses its own rows of."""
+        return self.raw_bytes / self.needs.ranks / self.speeds.deflated_bytes
+
+    @property
+    def seconds(self) -> float:
+        """An estimate for the whole job, but for loading the model."""
+        return self.writing_s + sum(self.speeds.seconds(rung.cost) for rung in self.needs.rungs)
+
+    def __str__(self) -> str:
+        needs = self.needs
+        weights = ", ".join(f"{name} {gigabytes(size)}" for name, size in needs.weights.items())
+        lines = [
+            rung_table(needs, self.speeds),
+            f"weights   {weights} on each of {ranks_text(needs.ranks)}",
+            f"memory    {gigabytes(needs.peak_bytes)} of {gigabytes(self.limit_bytes)} on a rank",
+            f"disk      {gigabytes(self.raw_bytes)} of pixels, {gigabytes(self._usual_file_bytes)} "
+            f"as a PNG usually is, of {gigabytes(self.free_disk_bytes)} free",
+            f"time      about {duration(self.seconds)}, {duration(self.writing_s)} of it for the "
+            "file: an estimate from short trials",
+        ]
+        return "\n".join(lines)
+
+    @property
+    def _usual_file_bytes(self) -> float:
+        return PNG_SHARE * self.raw_bytes
+
+
+def make_plan(settings: Settings, mesh: Mesh, model: Description | None = None) -> Plan:
+    """What the job of `settings` takes on the ranks of `mesh`, and what there is. Loads nothing.
+
+    Every rank makes the call, on the device that it will paint on, and gets the same plan; one of
+    them simulates.
+
+    Args:
+        model: what describes the model, where that is known already.
+
+    Raises:
+        UserError: the settings do not fit the model, or the model is a single file, whose
+            configuration is not known before it is loaded.
+    """
+    model = model or mesh.agree(lambda: _describe(settings))
+    dtype = dtype_of(settings, mesh.device)
+    text_bytes = mesh.agree(lambda: count_text_parameters(settings.model)) * dtype.itemsize
+    rehearsal = Rehearsal(model, dtype, kernels_of(mesh.device), text_bytes)
+    limit_gb = settings.memory.limit_gb
+    limit_bytes = int(1e9 * limit_gb) if limit_gb else free_memory_bytes(mesh)
+    disk_bytes = min(mesh.gather_objects(free_disk_bytes(settings.output)))
+    raw_bytes = 3 * settings.height * settings.width
+
+    def rehearse() -> tuple[Needs, str | None] | None:
+        if mesh.rank > 0:
+            return None
+        needs = rehearsal.needs(settings, mesh.size)
+        no_disk = _disk_refusal(settings, raw_bytes, disk_bytes)
+        return needs, no_disk or refusal(rehearsal, settings, needs, limit_bytes)
+
+    made = mesh.gather_objects(mesh.agree(rehearse))[0]
+    assert made is not None, "rank 0 has rehearsed"
+    # Not before: ranks that wait for rank 0 would have the cores to themselves.
+    speeds = measure(mesh, dtype, model.unet["block_out_channels"][1])
+    return Plan(made[0], speeds, limit_bytes, disk_bytes, raw_bytes, made[1])
+
+
+def _describe(settings: Settings) -> Description:
+    model = describe(settings.model, settings.linfusion)
+    if model is None:
+        raise UserError(
+            f"model: {settings.model} is a single file, whose shapes are not known before it is "
+            "loaded: plan with the diffusers folder that it was made of"
+        )
+    return model
+
+
+def dtype_of(settings: Settings, device: torch.device) -> torch.dtype:
+    """The precision that 'auto' means on a device, or the one asked for."""
+    if settings.dtype == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    return dtype
+
+
+def _disk_refusal(settings: Settings, raw_bytes: int, disk_bytes: int) -> str | None:
+    if disk_bytes >= PNG_SHARE * raw_bytes:
+        return None
+    return (
+        f"output: {settings.output} will take about {gigabytes(PNG_SHARE * raw_bytes)}, and "
+        f"{gigabytes(disk_bytes)} are free there: free some space or name another folder"
+    )
