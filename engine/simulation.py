@@ -184,6 +184,8 @@ class _Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func.is_view:  # more than half of all operations, and free
+            return func(*args, **kwargs)
         before = _tensors(args)
         for x in before:
             self._use(x)
@@ -196,8 +198,7 @@ class _Watch(TorchDispatchMode):
             self._keep(x, to_host)
         workspace = self._kernels.workspace(func.overloadpacket, args, out)
         self.peak_bytes = max(self.peak_bytes, self._live_bytes + workspace)
-        if not func.is_view:
-            self._charge(func.overloadpacket, args, kwargs, out, before + after)
+        self._charge(func.overloadpacket, args, kwargs, out, before + after)
         return out
 
     def _compute(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -205,7 +206,7 @@ class _Watch(TorchDispatchMode):
 
         A network has the same layer on the same shape dozens of times.
         """
-        if func.is_view or func._schema.is_mutable:
+        if func._schema.is_mutable:
             return func(*args, **kwargs)
         key = (func, _shapes(args), _shapes(tuple(kwargs.items())))
         if key in self._known:

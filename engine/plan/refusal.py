@@ -43,6 +43,11 @@ def refusal(rehearsal: Rehearsal, settings: Settings, needs: Needs, limit_bytes:
     """Why the job does not fit into `limit_bytes` a rank, and what does; None if it fits."""
     if needs.peak_bytes <= limit_bytes:
         return None
+    if needs.weight_bytes > limit_bytes:
+        return (
+            f"the weights alone take {gigabytes(needs.weight_bytes)} on every rank, and "
+            f"{gigabytes(limit_bytes)} are free: take a dtype of fewer bytes, or a smaller model"
+        )
     rung, part = needs.highest.rung, needs.highest.largest
     wanting = (
         f"the {part.name} of the rung of {rung} px needs {gigabytes(part.peak_bytes)} on a rank, "

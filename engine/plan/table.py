@@ -56,10 +56,12 @@ def duration(seconds: float) -> str:
     """In the two largest units."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, hours = round(seconds / 60), round(seconds / 60) // 60
-    if hours:
-        return f"{hours} h {minutes % 60:02d} min"
-    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+    minutes, rest = divmod(int(seconds), 60)
+    return (
+        f"{minutes // 60} h {minutes % 60:02d} min"
+        if minutes >= 60
+        else f"{minutes} min {rest:02d} s"
+    )
 
 
 def ranks_text(count: int) -> str:

@@ -1,0 +1,264 @@
+"""Plans against published figures, against real jobs, and against what they then refuse."""
+
+import re
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from engine import linfusion, plan
+from engine.bands import Mesh
+from engine.config import Settings, UserError
+from engine.loading import Description, count_text_parameters, describe, load
+from engine.pipeline import Engine
+from engine.plan import make_plan
+from engine.plan.needs import Rehearsal, dilated_steps
+from engine.plan.table import columns, duration, rows_text
+from engine.simulation import META, CpuKernels, Kernels
+from tests.ranks import run_ranks
+
+ALONE = Mesh(0, 1, torch.device("cpu"), None)
+GB = 10**9
+
+
+class NoWorkspace(Kernels):
+    """Activations alone, as the published figures count them."""
+
+    def convolution(self, x, weight, out, stride, dilation):
+        return 0
+
+
+def settings(**values):
+    return Settings.model_validate(values)
+
+
+def described(unet, vae):
+    linfusion.convert(unet)
+    return Description(dict(unet.config), dict(vae.config), linfusion.list_modules(unet))
+
+
+def published_vae(**options):
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def sd15():
+    with META:
+        unet = UNet2DConditionModel(
+            sample_size=64, cross_attention_dim=768, attention_head_dim=8,
+            block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
+        )  # fmt: skip
+        return described(unet, published_vae(force_upcast=False))
+
+
+@pytest.fixture(scope="module")
+def sdxl():
+    with META:
+        unet = UNet2DConditionModel(
+            sample_size=128,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20), cross_attention_dim=2048, use_linear_projection=True,
+            addition_embed_type="text_time", addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )  # fmt: skip
+        return described(unet, published_vae(force_upcast=True))
+
+
+def peaks(model, ranks=1, **memory):
+    """GB of each part at 16384 x 16384 px, in half precision."""
+    job = settings(height=16384, width=16384, memory=memory)
+    needs = Rehearsal(model, torch.float16, NoWorkspace()).needs(job, ranks)
+    (rung,) = needs.rungs
+    return {part.name: part.once.peak_bytes / GB for part in rung.parts}
+
+
+# Computed apart from this code, from the shapes of the published networks: the activations that an
+# eager forward at 16384 x 16384 px has at its peak, in fp16, with guidance at once and in turn.
+
+
+def test_the_peak_of_sd15_at_16384_px(sd15):
+    at_once, in_turn = peaks(sd15), peaks(sd15, guidance_in_turn=True)
+    assert at_once["UNet"] == pytest.approx(140, rel=0.02)
+    assert in_turn["UNet"] == pytest.approx(70, rel=0.02)
+    assert at_once["decoder"] == pytest.approx(412, rel=0.02)
+
+
+def test_the_peak_of_sdxl_at_16384_px(sdxl):
+    assert peaks(sdxl)["UNet"] == pytest.approx(85, rel=0.02)
+    assert peaks(sdxl, guidance_in_turn=True)["UNet"] == pytest.approx(42, rel=0.02)
+
+
+def test_ranks_share_the_peak(sdxl):
+    at_once = peaks(sdxl, ranks=8)  # two groups of four bands
+    assert at_once["UNet"] == pytest.approx(85 / 8, rel=0.3)  # the whole output is gathered
+
+
+# --- a real job -----------------------------------------------------------------------------------
+
+
+def sent_and_planned(mesh, job):
+    """Bytes and rounds of a real job on this rank, and of its plan."""
+    planned = make_plan(job, mesh)
+    engine = Engine.load(job, mesh)
+    engine.generate(job)
+    traffic, needs = engine.traffic, planned.needs
+    cost = sum((rung.cost for rung in needs.rungs[1:]), needs.rungs[0].cost)
+    real = traffic.bytes_sent.total(), traffic.rounds.total()
+    return real, (cost.bytes_sent, cost.rounds), str(planned)
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_a_job_sends_what_its_plan_says(tiny_model, tmp_path, in_turn):
+    job = settings(
+        model=str(tiny_model), height=64, width=48, steps=2, output=tmp_path / "picture.png",
+        memory={"guidance_in_turn": in_turn}, mesh={"guidance": "1"},
+    )  # fmt: skip
+    results = run_ranks(2, sent_and_planned, job)
+    for (sent, rounds), (planned_sent, planned_rounds), _ in results:
+        assert sent <= planned_sent
+        assert rounds == planned_rounds
+    assert max(sent for (sent, _), _, _ in results) == planned_sent  # the busiest rank's
+    assert results[0][2] == results[1][2]  # the very same plan
+
+
+def test_weights_are_those_of_the_loaded_model(tiny_model):
+    pipe = load(str(tiny_model))
+    rehearsal = Rehearsal(describe(str(tiny_model)), torch.float32, NoWorkspace())
+    weights = rehearsal.needs(settings(height=64, width=64), 1).weights
+    assert weights["UNet"] == sum(weight.nbytes for weight in pipe.unet.parameters())
+    assert weights["VAE"] == sum(weight.nbytes for weight in pipe.vae.parameters())
+    encoder = sum(weight.numel() for weight in pipe.text_encoder.parameters())
+    assert count_text_parameters(str(tiny_model)) == encoder > 0
+
+
+# --- what it says ---------------------------------------------------------------------------------
+
+
+def demo_plan(**values):
+    return make_plan(settings(**{"height": 512, "width": 768, "steps": 3, **values}), ALONE)
+
+
+def test_the_table_of_a_ladder(tmp_path):
+    made = demo_plan(
+        output=tmp_path / "picture.png", ladder={"strategy": "demofusion", "base": 384, "steps": 9}
+    )
+    made.check()
+    text = str(made)
+    for word in ("384x256", "768x512", "dilated UNet", "encoder", "decoder", "estimate", "weights"):
+        assert word in text
+    base, top = made.needs.rungs
+    assert [part.name for part in base.parts] == ["UNet", "decoder"]
+    assert [part.name for part in top.parts] == ["encoder", "UNet", "dilated UNet", "decoder"]
+    assert top.largest.peak_bytes > base.largest.peak_bytes
+    assert top.parts[1].calls == top.rung.steps_run
+    assert made.seconds > 0
+
+
+def test_columns_line_up():
+    assert columns([["a", "bcd"], ["efg", "h"]]) == "  a  bcd\nefg    h"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (1.23, "1.2 s"),
+        (59.4, "59 s"),
+        (61, "1 min 01 s"),
+        (3599, "59 min 59 s"),
+        (7300, "2 h 01 min"),
+    ],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_equal_bands_are_counted():
+    rehearsal = Rehearsal(describe("demo"), torch.float32, NoWorkspace())
+    job = settings(height=352, width=64, mesh={"guidance": "1"})
+    (rung,) = rehearsal.needs(job, 5).rungs
+    assert rows_text(rung) == "96, 4 x 64"
+    assert sum(rung.rows) == 352
+
+
+def test_the_dilated_branch_is_left_out_where_it_weighs_little():
+    values = {"height": 512, "width": 768, "steps": 50}
+    exact = settings(**values, ladder={"strategy": "demofusion", "base": 192})
+    fast = settings(**values, ladder={"strategy": "demofusion", "base": 192, "preset": "fast"})
+    calls = {}
+    for name, job in (("exact", exact), ("fast", fast)):
+        needs = Rehearsal(describe("demo"), torch.float32, NoWorkspace()).needs(job, 1)
+        calls[name] = [dilated_steps(job, rung.rung) for rung in needs.rungs]
+        assert calls[name][0] == 0
+    assert calls["exact"] == [0] + [rung.rung.steps_run for rung in needs.rungs[1:]]
+    assert all(f <= e for f, e in zip(calls["fast"], calls["exact"], strict=True))
+    assert sum(calls["fast"]) < sum(calls["exact"])
+
+
+# --- what it refuses ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide_unet():
+    """The demo model's with a UNet that needs more memory than the VAE does."""
+    demo = describe("demo")
+    return Description({**demo.unet, "block_out_channels": (512, 512, 512)}, demo.vae, None)
+
+
+def peak_gb(model, job, ranks=1):
+    rehearsal = Rehearsal(
+        model, torch.float32, CpuKernels(torch.get_num_threads()),
+        4 * count_text_parameters("demo"),
+    )  # fmt: skip
+    return rehearsal.needs(job, ranks).peak_bytes / GB
+
+
+def test_guidance_in_turn_is_named_where_it_is_enough(wide_unet):
+    job = settings(height=512, width=512)
+    in_turn = settings(height=512, width=512, memory={"guidance_in_turn": True})
+    limit = (peak_gb(wide_unet, job) + peak_gb(wide_unet, in_turn)) / 2
+    limited = job.model_copy(update={"memory": job.memory.model_copy(update={"limit_gb": limit})})
+    with pytest.raises(UserError) as caught:
+        make_plan(limited, ALONE, wide_unet).check()
+    assert re.match(
+        r"the UNet of the rung of 512x512 px needs \d+ MB on a rank, besides \d+ MB of weights, "
+        r"and \d+ MB are free: --memory.guidance-in-turn true would do",
+        str(caught.value),
+    )
+    followed = limited.memory.model_copy(update={"guidance_in_turn": True})
+    make_plan(limited.model_copy(update={"memory": followed}), ALONE, wide_unet).check()
+
+
+def test_more_ranks_are_named_where_they_are_enough(wide_unet):
+    job = settings(height=512, width=512, memory={"guidance_in_turn": True})
+    limit = (peak_gb(wide_unet, job) + peak_gb(wide_unet, job, ranks=2)) / 2
+    memory = job.memory.model_copy(update={"limit_gb": limit})
+    with pytest.raises(UserError, match="2 ranks of as much memory each would do"):
+        make_plan(job.model_copy(update={"memory": memory}), ALONE, wide_unet).check()
+
+
+def test_weights_that_do_not_fit_are_refused_at_once():
+    with pytest.raises(
+        UserError, match=r"the weights alone take \d+ MB on every rank, and 1 MB are"
+    ):
+        demo_plan(height=64, width=64, memory={"limit_gb": 1e-3}).check()
+
+
+def test_a_full_disk_is_refused(monkeypatch):
+    monkeypatch.setattr(plan, "free_disk_bytes", lambda path: 1000)
+    with pytest.raises(UserError, match=r"output: .* will take about .*, and 0 MB are free there"):
+        demo_plan(height=64, width=64).check()
+
+
+def test_a_single_file_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match="plan with the diffusers folder"):
+        demo_plan(model=str(tmp_path / "model.safetensors"))
