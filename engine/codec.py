@@ -272,7 +272,6 @@ class Streaming(Codec):
     def _course(
         self, vae: AutoencoderKL, layout: Layout, margin: int, height: int, width: int
     ) -> Course:
-        factor = downsampling_factor(vae.config.block_out_channels)
         fitting = _fitting_rows(vae.config, width)
         if not fitting:
             raise UserError(
@@ -284,14 +283,23 @@ class Streaming(Codec):
             height=height,
             width=width,
             margin=margin,
-            # A queue in a residual block makes a chunk one row higher than it was fed, at most.
-            chunk_rows=max(1, min(self.chunk_rows, fitting - 1)),
-            # Of a very long picture some rows and columns are kept all the same.
-            stride=min(
-                math.ceil(factor * max(height, width) / self.statistics_px),
-                max(1, min(height, width) // 4),
-            ),
+            chunk_rows=min(self.chunk_rows, fitting),
+            stride=self._stride(vae.config, height, width),
         )
+
+    def _stride(self, config: Mapping[str, Any], height: int, width: int) -> int:
+        """Every how-many-eth row and column of the picture are kept for its statistics."""
+        factor = downsampling_factor(config["block_out_channels"])
+        stride = math.ceil(factor * max(height, width) / self.statistics_px)
+        # Of a very long picture some rows and columns are kept all the same.
+        stride = min(stride, max(1, min(height, width) // 4))
+        kept = largest_activation(config, -(-height // stride), -(-width // stride))
+        if kept > MAX_ELEMENTS:
+            raise UserError(
+                f"statistics of {self.statistics_px} px make tensors of more than 2^31 elements: "
+                "choose a smaller size for them, such as 512 px"
+            )
+        return stride
 
 
 @contextmanager

@@ -1,12 +1,14 @@
 """Test-wide settings: never a hub, quiet libraries, the quick tests first."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the ranks of the tests meet over gloo
 
 import pytest
+import torch
 from diffusers.utils import logging as diffusers_logging
 from hypothesis import settings
 from transformers.utils import logging as transformers_logging
@@ -23,6 +25,15 @@ settings.load_profile("engine")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A mistake shows early: what is marked slow runs last."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny tensors are faster without sharing them out: on a busy machine, twenty times."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
