@@ -40,7 +40,7 @@ from engine.bands.measure import Passage
 from engine.bands.resize import resize as resize_bands
 from engine.bands.rows import halo_rows
 from engine.bands.stream import Course, thin, thin_rows
-from engine.config import UserError
+from engine.config import CodecSettings, UserError
 from engine.parallel import band_layers
 
 MAX_ELEMENTS = 2**31
@@ -300,6 +300,14 @@ class Streaming(Codec):
                 "choose a smaller size for them, such as 512 px"
             )
         return stride
+
+
+def choose(settings: CodecSettings, mode: str) -> Codec:
+    """The "exact" or the "streaming" codec, as the settings would have it."""
+    if mode == "exact":
+        return Exact()
+    assert mode == "streaming", "'auto' is one of the two by now"
+    return Streaming(settings.statistics_px, settings.passes, settings.chunk_rows)
 
 
 @contextmanager

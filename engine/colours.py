@@ -5,9 +5,9 @@
 
 A VAE does not give back quite the colours that it was given, and the ladder goes through it once a
 rung: contrast and hue creep. Super-resolution by diffusion meets this by handing the low
-frequencies of the picture that it began with on to its result (Wang et al. 2023, StableSR,
-arXiv:2305.07015, section 3.4). Here the low frequencies are those of a thumbnail, so that a few
-thousand numbers are all that the ranks sum.
+frequencies of the picture that it began with on to its result (the colour correction of Wang et
+al. 2023, StableSR, arXiv:2305.07015). Here the low frequencies are those of a thumbnail, so that a
+few thousand numbers are all that the ranks sum.
 """
 
 import torch

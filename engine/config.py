@@ -250,6 +250,24 @@ class MemorySettings(Group):
     guidance_in_turn: bool = Field(
         default=False, description="The two sides of guidance one after the other, not at once."
     )
+    token_chunks: Annotated[Whole, Field(ge=1)] | None = Field(
+        default=None,
+        description="Feed-forwards and attention in that many chunks of tokens; 8 to 32 are usual.",
+    )
+    row_chunks: Annotated[Whole, Field(ge=1)] | None = Field(
+        default=None,
+        description="Residual blocks and up-sampling in that many chunks of rows; 8 to 32 are "
+        "usual.",
+    )
+    inplace_activations: bool = Field(
+        default=False, description="Without chunks: activations overwrite what they are made of."
+    )
+    skips_on_host: bool = Field(
+        default=False, description="A GPU's skip tensors wait in the memory of the host."
+    )
+    sharded_weights: bool = Field(
+        default=False, description="Each rank keeps its share of the UNet's weights (FSDP)."
+    )
     limit_gb: Annotated[Real, Field(gt=0)] | None = Field(
         default=None, description="GB (10^9 bytes) that a rank may use; by default what is there."
     )

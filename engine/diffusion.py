@@ -204,7 +204,7 @@ def dilated(unet: nn.Module, factor: int) -> Iterator[None]:
     """Inside, every convolution of `unet` samples its input `factor` times further apart.
 
     At `factor` times the size a network then sees as much of the picture as it was taught with
-    (ScaleCrafter, arXiv:2310.07702, section 3.2; LinFusion's variant of DemoFusion). Over bands the
+    (re-dilation, ScaleCrafter, arXiv:2310.07702; LinFusion's variant of DemoFusion). Over bands the
     halos grow with the dilation by themselves (`engine.bands.rows.halo_rows`).
     """
     convolutions = [m for m in unet.modules() if isinstance(m, nn.Conv2d)]

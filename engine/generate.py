@@ -2,6 +2,7 @@
 
     torchrun --nproc_per_node 8 -m engine.generate --prompt "a lake at dawn" --output lake.png
     python -m engine.generate --config configs/demo.yaml --seed 7
+    torchrun --nproc_per_node 8 -m engine.generate --config configs/sdxl_16k.yaml --plan
 
 Every setting is a flag and a key of the YAML file (`--help` lists them; `engine.config` has them).
 A user's mistake is one sentence on rank 0 and exit code 2 on every rank.
@@ -19,6 +20,7 @@ from engine.config import Settings, UserError
 
 if TYPE_CHECKING:
     from engine.pipeline import Picture
+    from engine.plan import Plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with open_mesh(settings.timeout_s) as mesh:
         try:
             mesh.agree(lambda: _raise(mistake))
-            picture = _paint(settings, mesh)
+            done = _paint(settings, mesh)
         except UserError as error:
             if mesh.rank == 0:
                 print(f"error: {error}", file=sys.stderr, flush=True)
@@ -35,11 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             mesh.barrier()
             return 2
         if mesh.rank == 0:
-            print(picture, flush=True)
+            print(done, flush=True)
     return 0
 
 
-def _paint(settings: Settings, mesh: Mesh) -> "Picture":
+def _paint(settings: Settings, mesh: Mesh) -> "Picture | Plan":
+    """The picture, or with `--plan` what it would take."""
     # diffusers and transformers take seconds to import; a mistyped flag should not wait for them.
     import diffusers.utils.logging
     import transformers.utils.logging
@@ -54,8 +57,14 @@ def _paint(settings: Settings, mesh: Mesh) -> "Picture":
     else:
         diffusers.utils.logging.set_verbosity_error()
 
-    from engine.pipeline import Engine
+    from engine.pipeline import Engine, plan_job
 
+    if settings.plan:
+        plan = plan_job(settings, mesh)
+        if plan.refusal and mesh.rank == 0:
+            print(plan, flush=True)
+        plan.check()
+        return plan
     return Engine.load(settings, mesh).generate(settings)
 
 

@@ -326,7 +326,7 @@ def demofusion(
     """Skip residual, a dilated branch beside the plain one, and the base's channel statistics.
 
     With the cosine factor f = (1 + cos(pi (T - t) / T)) / 2 and c_i = f^alpha_i
-    (arXiv:2311.16973, eq. 3 to 6; LinFusion's variant):
+    (arXiv:2311.16973, "Skip Residual" and "Dilated Sampling"; LinFusion's variant):
 
         z <- (1 - c_1) z + c_1 (reference noised to t)           skip residual
         (1 - c_2) plain(z) + c_2 dilated(blur(z))                 dilated branch
@@ -380,8 +380,9 @@ def wavelet(
 ) -> None:
     """In the first steps, the predicted clean picture keeps the reference's low frequencies.
 
-    arXiv:2406.18459, eq. 6 to 8, with the Haar wavelet and in the latent: the paper transforms
-    decoded pictures, and a decoding and an encoding at every step would cost more than the step.
+    The structure guidance of arXiv:2406.18459, with the Haar wavelet and in the latent: the paper
+    transforms decoded pictures, but to decode and encode at every step would cost more than the
+    step.
     """
     assert state.reference is not None
     for t in _steps_left(state, rung, on_step):

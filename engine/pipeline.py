@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
@@ -24,7 +24,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import engine
-from engine import codec, ladder, output
+from engine import codec, ladder, memory, output
 from engine.bands import DisplacedExchange, ExactExchange, Exchange, Mesh, Traffic, max_bands
 from engine.bands.axes import Axes, choose_axes
 from engine.bands.boundary import downsampling_factor
@@ -34,6 +34,7 @@ from engine.diffusion import Conditions, Denoiser, encode
 from engine.ladder import Rung
 from engine.loading import Description, describe, load, picture_size, read_picture
 from engine.parallel import PipelineBoundary, distribute, lay_out, require_same_versions, share_out
+from engine.plan import Plan, dtype_of, make_plan
 from engine.progress import progress_bar
 
 T = TypeVar("T")
@@ -74,19 +75,24 @@ class Engine:
         groups: int = 1,
         exchange: Callable[[Mesh, Traffic], Exchange] = ExactExchange,
         settings: Settings | None = None,
+        plan: Plan | None = None,
     ) -> None:
         """Distribute `pipe` over `mesh`; `groups` and `exchange` as in `engine.distribute`.
 
-        `settings` are those that `pipe` was loaded with, where it was loaded by settings.
+        `settings` are those that `pipe` was loaded with, where it was loaded by settings, and
+        `plan` is what was planned for them.
         """
         self.pipe = pipe
         self.mesh = mesh
         self._settings = settings
+        self._plans = {} if plan is None or settings is None else {settings: plan}
         self._exchange = exchange
         layout = distribute(pipe, mesh, groups=groups, exchange=exchange)
         self._layouts = {groups: layout}
         self.traffic = layout.traffic
         pipe.set_progress_bar_config(disable=True)
+        if settings is not None:
+            memory.apply(pipe.unet, _memory_options(settings), mesh)
 
     @classmethod
     def load(cls, settings: Settings, mesh: Mesh) -> Self:
@@ -97,20 +103,22 @@ class Engine:
                 there or of another kind, more ranks than the height can serve, a destination that
                 cannot be written, LinFusion modules that do not fit.
         """
-        mesh = mesh.on_device(settings.device)
-        require_same_versions(mesh)
+        mesh = _on_device(settings, mesh)
         axes = _choose_axes(settings, mesh.size)
         mesh.agree(lambda: output.check_destination(settings.output))
-        description = mesh.agree(lambda: describe(settings.model, settings.linfusion))
-        if description:
-            mesh.agree(lambda: _check(settings, mesh.size, description))
+        model = mesh.agree(lambda: describe(settings.model, settings.linfusion))
+        plan = _plan(settings, mesh, model) if model else None
+        if plan:
+            plan.check()
         if mesh.rank == 0 and mesh.size > 1:
             logger.info("%d ranks on %s as %s", mesh.size, mesh.device.type, axes)
         pipe = mesh.agree(
-            lambda: load(settings.model, settings.linfusion, dtype=_dtype(settings, mesh))
+            lambda: load(settings.model, settings.linfusion, dtype=dtype_of(settings, mesh.device))
         )
-        mesh.agree(lambda: _check(settings, mesh.size, Description.of(pipe)))
-        return cls(pipe, mesh, axes.groups, _exchange(settings), settings)
+        if plan is None:  # of a single file, nothing is known before
+            plan = _plan(settings, mesh, Description.of(pipe), loaded=True)
+            plan.check()
+        return cls(pipe, mesh, axes.groups, _exchange(settings), settings, plan)
 
     def generate(self, settings: Settings) -> Picture:
         """Paint the picture of `settings` and write it to `settings.output`.
@@ -135,7 +143,7 @@ class Engine:
         """Settings that only loading heeds must be those that the model was loaded with."""
         if self._settings is None:
             return
-        for name in ("model", "linfusion", "dtype", "device", "mesh"):
+        for name in ("model", "linfusion", "dtype", "device", "mesh", "memory"):
             if getattr(settings, name) != getattr(self._settings, name):
                 raise UserError(f"{name} differs from what was loaded: load another Engine for it")
 
@@ -198,7 +206,7 @@ class Engine:
     def _pixels(self, settings: Settings, state: ladder.State, height: int) -> tuple[range, Tensor]:
         """This rank's rows of what `state` looks like, in the base's colours if they are kept."""
         vae = self.pipe.vae
-        rows, pixels = codec.decode(vae, state.latent, self._codec(settings))
+        rows, pixels = codec.decode(vae, state.latent, self._codec(settings, state.rung))
         if state.colours is not None:
             pixels = keep_colours(codec.layout_of(vae), pixels, rows, height, state.colours)
         return rows, pixels.clamp_(-1, 1)
@@ -224,7 +232,8 @@ class Engine:
             colours = thumbnail(codec.layout_of(vae), pixels, rows, below.height, side)
         sizes = (below.height, below.width), (rung.height, rung.width)
         _, pixels = codec.resize(vae, pixels, *sizes)
-        latent = codec.encode(vae, pixels.clamp_(-1, 1), rung.height, self._codec(settings))
+        by = self._codec(settings, rung.index)
+        latent = codec.encode(vae, pixels.clamp_(-1, 1), rung.height, by)
         return latent.to(self.pipe.unet.dtype), colours
 
     def _own_rows(self, settings: Settings, height: int) -> tuple[range, Tensor]:
@@ -237,11 +246,15 @@ class Engine:
         pixels = torch.from_numpy(picture[rows.start : rows.stop]).to(vae.device, vae.dtype)
         return rows, (pixels / 127.5 - 1).permute(2, 0, 1)[None]
 
-    def _codec(self, settings: Settings) -> codec.Codec:
-        asked = settings.codec
-        if asked.mode == "streaming":
-            return codec.Streaming(asked.statistics_px, asked.passes, asked.chunk_rows)
-        return codec.Exact()
+    def _codec(self, settings: Settings, rung: int) -> codec.Codec:
+        """What goes from latents of that rung to pixels and back; "auto" is as the plan says."""
+        if settings.codec.mode != "auto":
+            return codec.choose(settings.codec, settings.codec.mode)
+        if settings not in self._plans:
+            model = Description.of(self.pipe)
+            self._plans[settings] = make_plan(settings, self.mesh, model, loaded=True)
+            self._plans[settings].check()
+        return codec.choose(settings.codec, self._plans[settings].codecs[rung])
 
     def _climb(
         self,
@@ -325,6 +338,40 @@ def _choose_axes(settings: Settings, ranks: int) -> Axes:
     )
 
 
+def _on_device(settings: Settings, mesh: Mesh) -> Mesh:
+    mesh = mesh.on_device(settings.device)
+    require_same_versions(mesh)
+    return mesh
+
+
+def plan_job(settings: Settings, mesh: Mesh) -> Plan:
+    """What painting `settings` on these ranks would take; loads no weights.
+
+    Raises:
+        UserError: as `Engine.load`, but for a lack of memory or disk, which the plan tells.
+    """
+    mesh = _on_device(settings, mesh)
+    _choose_axes(settings, mesh.size)
+    mesh.agree(lambda: output.writer_for(settings.output))
+    model = mesh.agree(lambda: describe(settings.model, settings.linfusion))
+    if model is None:
+        raise UserError(
+            f"model: {settings.model} is a single file, whose shapes are not known before it is "
+            "loaded: plan with the diffusers folder that it was made of"
+        )
+    return _plan(settings, mesh, model)
+
+
+def _plan(settings: Settings, mesh: Mesh, model: Description, loaded: bool = False) -> Plan:
+    mesh.agree(lambda: _check(settings, mesh.size, model))
+    return make_plan(settings, mesh, model, loaded=loaded)
+
+
+def _memory_options(settings: Settings) -> memory.MemoryOptions:
+    names = [field.name for field in fields(memory.MemoryOptions)]
+    return memory.MemoryOptions(**{name: getattr(settings.memory, name) for name in names})
+
+
 def _exchange(settings: Settings) -> Callable[[Mesh, Traffic], Exchange]:
     if settings.mesh.synchronisation == "exact":
         return ExactExchange
@@ -367,10 +414,3 @@ def _check_bands(settings: Settings, ranks: int, row_multiple: int) -> None:
             f"a picture of {settings.height} px height cannot be shared by {ranks} ranks: {start}"
             f"ask for {8 * max(ranks, row_multiple * (band - 1) + 1)} px or more"
         )
-
-
-def _dtype(settings: Settings, mesh: Mesh) -> torch.dtype:
-    if settings.dtype == "auto":
-        return torch.float16 if mesh.device.type == "cuda" else torch.float32
-    dtype: torch.dtype = getattr(torch, settings.dtype)
-    return dtype

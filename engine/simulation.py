@@ -97,13 +97,14 @@ def simulate(
     """The cost of `function`, which computes on the meta device.
 
     Args:
+        function: makes its tensors on the meta device, or like others that are there.
         kernels: of the device that is meant.
         traffic: where the exchange that `function` uses counts what it sends.
     """
     traffic = traffic or Traffic()
     bytes_before, rounds_before = traffic.bytes_sent.total(), traffic.rounds.total()
     watch = _Watch(kernels)
-    with torch.no_grad(), META, _FusedAttention(), watch:
+    with torch.no_grad(), _FusedAttention(), watch:
         result = function()
     del result
     return Cost(
@@ -218,7 +219,7 @@ class _Watch(TorchDispatchMode):
         out = func(*args, **kwargs)
         tensors = list(out) if isinstance(out, tuple) else [out]
         own = {_address(x) for x in _tensors(args)}
-        if all(isinstance(x, Tensor) and _address(x) not in own for x in tensors):
+        if all(isinstance(x, Tensor) and x.is_meta and _address(x) not in own for x in tensors):
             self._known[key] = [(x.shape, x.stride(), x.dtype) for x in tensors]
         return out
 
@@ -244,9 +245,12 @@ class _Watch(TorchDispatchMode):
             self._live_bytes += size
 
     def _keep(self, x: Tensor, on_host: bool) -> None:
-        """Count the storage of `x`, unless it is known already."""
+        """Count the storage of `x`, unless it is known already.
+
+        What has numbers is small: places of rows and the like, worked out on the host.
+        """
         address = _address(x)
-        if address in self._storages:
+        if address in self._storages or not x.is_meta:
             return
         size = x.untyped_storage().nbytes()
         self._remember(x, size)
@@ -279,7 +283,7 @@ def _address(x: Tensor) -> int:
 def _shapes(value: Any) -> Any:
     """Arguments with shapes in the place of tensors, to look results up by."""
     if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype
+        return value.shape, value.stride(), value.dtype, value.device
     if isinstance(value, list | tuple):
         return tuple(_shapes(item) for item in value)
     return type(value), value

@@ -1,5 +1,6 @@
 """Plans against published figures, against real jobs, and against what they then refuse."""
 
+import math
 import re
 
 import pytest
@@ -9,14 +10,17 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from engine import linfusion, plan
 from engine.bands import Mesh
 from engine.config import Settings, UserError
+from engine.hardware import Speeds
 from engine.loading import Description, count_text_parameters, describe, load
 from engine.pipeline import Engine
 from engine.plan import make_plan
-from engine.plan.needs import Rehearsal, dilated_steps
+from engine.plan.needs import DryRun
+from engine.plan.parts import dilated_steps
 from engine.plan.table import columns, duration, rows_text
 from engine.simulation import META, CpuKernels, Kernels
 from tests.ranks import run_ranks
 
+KERNELS = CpuKernels(torch.get_num_threads())
 ALONE = Mesh(0, 1, torch.device("cpu"), None)
 GB = 10**9
 
@@ -26,6 +30,13 @@ class NoWorkspace(Kernels):
 
     def convolution(self, x, weight, out, stride, dilation):
         return 0
+
+
+@pytest.fixture(autouse=True)
+def known_speeds(monkeypatch):
+    """Measuring takes two seconds, and `tests/test_hardware.py` does it."""
+    speeds = Speeds(1e11, 1e11, 1e10, 1e8, 1e5, 1e3, 1e8)
+    monkeypatch.setattr(plan, "measure", lambda mesh, dtype, width: speeds)
 
 
 def settings(**values):
@@ -73,10 +84,16 @@ def sdxl():
         return described(unet, published_vae(force_upcast=True))
 
 
-def peaks(model, ranks=1, **memory):
-    """GB of each part at 16384 x 16384 px, in half precision."""
-    job = settings(height=16384, width=16384, memory=memory)
-    needs = Rehearsal(model, torch.float16, NoWorkspace()).needs(job, ranks)
+@pytest.fixture
+def any_size(monkeypatch):
+    """The exact codec at sizes that no kernel takes."""
+    monkeypatch.setattr("engine.codec.MAX_ELEMENTS", 2**60)
+
+
+def peaks(model, ranks=1, side=16384, **memory):
+    """GB of each part at `side` x `side` px, in half precision."""
+    job = settings(height=side, width=side, memory=memory)
+    needs = DryRun(model, torch.float16, NoWorkspace()).needs(job, ranks)
     (rung,) = needs.rungs
     return {part.name: part.once.peak_bytes / GB for part in rung.parts}
 
@@ -85,21 +102,80 @@ def peaks(model, ranks=1, **memory):
 # eager forward at 16384 x 16384 px has at its peak, in fp16, with guidance at once and in turn.
 
 
-def test_the_peak_of_sd15_at_16384_px(sd15):
+def test_the_peak_of_sd15_at_16384_px(sd15, any_size):
     at_once, in_turn = peaks(sd15), peaks(sd15, guidance_in_turn=True)
     assert at_once["UNet"] == pytest.approx(140, rel=0.02)
     assert in_turn["UNet"] == pytest.approx(70, rel=0.02)
     assert at_once["decoder"] == pytest.approx(412, rel=0.02)
 
 
-def test_the_peak_of_sdxl_at_16384_px(sdxl):
+def test_the_peak_of_sdxl_at_16384_px(sdxl, any_size):
     assert peaks(sdxl)["UNet"] == pytest.approx(85, rel=0.02)
     assert peaks(sdxl, guidance_in_turn=True)["UNet"] == pytest.approx(42, rel=0.02)
 
 
-def test_ranks_share_the_peak(sdxl):
+def test_ranks_share_the_peak(sdxl, any_size):
     at_once = peaks(sdxl, ranks=8)  # two groups of four bands
     assert at_once["UNet"] == pytest.approx(85 / 8, rel=0.3)  # the whole output is gathered
+
+
+def test_shared_weights(sdxl, any_size):
+    dry_run = DryRun(sdxl, torch.float16, NoWorkspace())
+    whole = dry_run.weights(settings(), 8)["UNet"]
+    shared = dry_run.weights(settings(memory={"sharded_weights": True}), 8)["UNet"]
+    assert whole / 8 < shared < whole / 8 + 0.2 * GB
+
+
+# --- the codec ------------------------------------------------------------------------------------
+
+
+def demo_needs(ranks=1, limit_bytes=math.inf, kernels=None, **values):
+    job = settings(**{"height": 512, "width": 512, **values})
+    dry_run = DryRun(describe("demo"), torch.float32, kernels or NoWorkspace())
+    dry_run.limit_bytes = limit_bytes
+    return dry_run.needs(job, ranks)
+
+
+TALL = {"height": 1024, "width": 128}
+
+
+def test_memory_settings():
+    def peak(**memory):
+        (rung,) = demo_needs(memory={"guidance_in_turn": True, **memory}).rungs
+        return next(part.once.peak_bytes for part in rung.parts if part.name == "UNet")
+
+    chunked, parked = {"token_chunks": 8, "row_chunks": 8}, {"skips_on_host": True}
+    peaks = [peak(), peak(**chunked), peak(**chunked, **parked)]
+    assert peaks[1] < 0.8 * peaks[0], peaks
+    assert peaks[2] < 0.9 * peaks[1], peaks
+
+
+def test_what_does_not_fit_exactly_is_streamed():
+    values = {**TALL, "ladder": {"strategy": "sdedit", "base": 768}}
+    exact = demo_needs(**values)
+    assert [rung.codec for rung in exact.rungs] == ["exact", "exact"]
+    both = demo_needs(**values, limit_bytes=exact.peak_bytes - 1)
+    assert [rung.codec for rung in both.rungs] == ["exact", "streaming"]
+    assert both.peak_bytes < exact.peak_bytes
+    asked = demo_needs(**values, codec={"mode": "exact"}, limit_bytes=1)
+    assert [rung.codec for rung in asked.rungs] == ["exact", "exact"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_long_stream_costs_what_two_short_ones_tell(monkeypatch, ranks):
+    monkeypatch.setattr("engine.plan.parts._SHORT_BANDS", (24, 40))
+    streaming = {"mode": "streaming", "chunk_rows": 8, "statistics_px": 64, "passes": 1}
+
+    def decoder(long_band):
+        monkeypatch.setattr("engine.plan.parts._LONG_BAND", long_band)
+        (rung,) = demo_needs(ranks, height=1024, width=512, codec=streaming).rungs
+        return rung.parts[-1].once
+
+    told, whole = decoder(40), decoder(1000)
+    assert told != whole
+    assert told.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.05)
+    assert told.flops.total() == pytest.approx(whole.flops.total(), rel=0.05)
+    assert told.bytes_moved == pytest.approx(whole.bytes_moved, rel=0.05)
 
 
 # --- a real job -----------------------------------------------------------------------------------
@@ -132,8 +208,8 @@ def test_a_job_sends_what_its_plan_says(tiny_model, tmp_path, in_turn):
 
 def test_weights_are_those_of_the_loaded_model(tiny_model):
     pipe = load(str(tiny_model))
-    rehearsal = Rehearsal(describe(str(tiny_model)), torch.float32, NoWorkspace())
-    weights = rehearsal.needs(settings(height=64, width=64), 1).weights
+    dry_run = DryRun(describe(str(tiny_model)), torch.float32, NoWorkspace())
+    weights = dry_run.needs(settings(height=64, width=64), 1).weights
     assert weights["UNet"] == sum(weight.nbytes for weight in pipe.unet.parameters())
     assert weights["VAE"] == sum(weight.nbytes for weight in pipe.vae.parameters())
     encoder = sum(weight.numel() for weight in pipe.text_encoder.parameters())
@@ -182,9 +258,9 @@ def test_durations(seconds, text):
 
 
 def test_equal_bands_are_counted():
-    rehearsal = Rehearsal(describe("demo"), torch.float32, NoWorkspace())
+    dry_run = DryRun(describe("demo"), torch.float32, NoWorkspace())
     job = settings(height=352, width=64, mesh={"guidance": "1"})
-    (rung,) = rehearsal.needs(job, 5).rungs
+    (rung,) = dry_run.needs(job, 5).rungs
     assert rows_text(rung) == "96, 4 x 64"
     assert sum(rung.rows) == 352
 
@@ -195,7 +271,7 @@ def test_the_dilated_branch_is_left_out_where_it_weighs_little():
     fast = settings(**values, ladder={"strategy": "demofusion", "base": 192, "preset": "fast"})
     calls = {}
     for name, job in (("exact", exact), ("fast", fast)):
-        needs = Rehearsal(describe("demo"), torch.float32, NoWorkspace()).needs(job, 1)
+        needs = DryRun(describe("demo"), torch.float32, NoWorkspace()).needs(job, 1)
         calls[name] = [dilated_steps(job, rung.rung) for rung in needs.rungs]
         assert calls[name][0] == 0
     assert calls["exact"] == [0] + [rung.rung.steps_run for rung in needs.rungs[1:]]
@@ -214,11 +290,10 @@ def wide_unet():
 
 
 def peak_gb(model, job, ranks=1):
-    rehearsal = Rehearsal(
-        model, torch.float32, CpuKernels(torch.get_num_threads()),
-        4 * count_text_parameters("demo"),
+    dry_run = DryRun(
+        model, torch.float32, KERNELS, 4 * count_text_parameters("demo"),
     )  # fmt: skip
-    return rehearsal.needs(job, ranks).peak_bytes / GB
+    return dry_run.needs(job, ranks).peak_bytes / GB
 
 
 def test_guidance_in_turn_is_named_where_it_is_enough(wide_unet):
@@ -250,6 +325,15 @@ def test_weights_that_do_not_fit_are_refused_at_once():
         UserError, match=r"the weights alone take \d+ MB on every rank, and 1 MB are"
     ):
         demo_plan(height=64, width=64, memory={"limit_gb": 1e-3}).check()
+
+
+def test_the_streaming_codec_is_named_where_exact_is_asked_for():
+    values = {**TALL, "codec": {"mode": "exact"}}
+    exact = demo_needs(**values, kernels=KERNELS)
+    streaming = demo_needs(**TALL, codec={"mode": "streaming"}, kernels=KERNELS)
+    memory = {"limit_gb": (exact.peak_bytes + streaming.peak_bytes) / 2 / GB}
+    with pytest.raises(UserError, match=r"the decoder of .*: --codec.mode streaming would do"):
+        demo_plan(**values, memory=memory).check()
 
 
 def test_a_full_disk_is_refused(monkeypatch):

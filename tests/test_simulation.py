@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from torch.nn import functional as F
 
-from engine import codec, linfusion
+from engine import codec, linfusion, memory
 from engine.bands import DisplacedExchange, ExactExchange, Mesh, split_rows
 from engine.bands.boundary import UNetBoundary, VAEBoundary, with_boundary
 from engine.demo import WEIGHTS
@@ -207,7 +207,7 @@ def demo_unet():
 def unet_call(mesh, unet, side, dtype, added=None):
     band_layers(unet)
     with_boundary(unet, UNetBoundary, share_out(mesh, 1))
-    unet.to(dtype)
+    unet.eval().to(dtype)
 
     def call(side=side):
         zeros = partial(torch.zeros, dtype=dtype, device=mesh.device)
@@ -223,6 +223,12 @@ def unet_call(mesh, unet, side, dtype, added=None):
 
 def demo_call(mesh, side, dtype=torch.float32):
     return unet_call(mesh, demo_unet(), side, dtype)
+
+
+def chunked_call(mesh, side, dtype=torch.float32):
+    unet = demo_unet()
+    memory.apply(unet, memory.MemoryOptions(token_chunks=4, row_chunks=4))
+    return unet_call(mesh, unet, side, dtype)
 
 
 def xl_call(mesh, side, dtype=torch.float32):
@@ -241,6 +247,15 @@ def demo_vae(mesh, dtype):
 def decoder_call(mesh, side, dtype=torch.float32):
     vae = demo_vae(mesh, dtype)
     return lambda side=side: codec.decode(vae, torch.zeros(1, 4, side, side, device=mesh.device))
+
+
+def streaming_call(mesh, side, dtype=torch.float32):
+    vae = demo_vae(mesh, dtype)
+    by = codec.Streaming(statistics_px=128, passes=1)
+    wide = 8 * side  # so that a chunk weighs more than the thinned picture
+    return lambda side=side: codec.decode(
+        vae, torch.zeros(1, 4, side, wide if side > 16 else 16, device=mesh.device), by
+    )
 
 
 def encoder_call(mesh, side, dtype=torch.float32):
@@ -281,6 +296,8 @@ def peak_growth(mesh, make_call, side, dtype):
         (demo_call, 96, 1, torch.float64),  # by other kernels
         (xl_call, 320, 1, torch.float32),
         (xl_call, 384, 2, torch.float32),
+        (chunked_call, 256, 1, torch.float32),
+        (streaming_call, 48, 1, torch.float32),
         (decoder_call, 80, 1, torch.float32),
         (decoder_call, 96, 2, torch.float32),
         (encoder_call, 112, 2, torch.float32),

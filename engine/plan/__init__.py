@@ -28,7 +28,8 @@ from engine.bands import Mesh
 from engine.config import Settings, UserError
 from engine.hardware import Speeds, free_disk_bytes, free_memory_bytes, kernels_of, measure
 from engine.loading import Description, count_text_parameters, describe
-from engine.plan.needs import Needs, Rehearsal
+from engine.plan.needs import DryRun, Needs
+from engine.plan.parts import CodecMode
 from engine.plan.refusal import refusal
 from engine.plan.table import duration, gigabytes, ranks_text, rung_table
 
@@ -51,7 +52,7 @@ class Plan:
 
     needs: Needs
     speeds: Speeds
-    limit_bytes: int
+    limit_bytes: float
     free_disk_bytes: int
     raw_bytes: int
     refusal: str | None
@@ -60,6 +61,11 @@ class Plan:
         """Raises UserError where the job does not fit, naming settings that would."""
         if self.refusal:
             raise UserError(self.refusal)
+
+    @property
+    def codecs(self) -> dict[int, CodecMode]:
+        """The codec of each rung, by the rung's index: what 'auto' comes to here."""
+        return {rung.rung.index: rung.codec for rung in self.needs.rungs}
 
     @property
     def writing_s(self) -> float:
@@ -90,7 +96,9 @@ class Plan:
         return PNG_SHARE * self.raw_bytes
 
 
-def make_plan(settings: Settings, mesh: Mesh, model: Description | None = None) -> Plan:
+def make_plan(
+    settings: Settings, mesh: Mesh, model: Description | None = None, *, loaded: bool = False
+) -> Plan:
     """What the job of `settings` takes on the ranks of `mesh`, and what there is. Loads nothing.
 
     Every rank makes the call, on the device that it will paint on, and gets the same plan; one of
@@ -98,6 +106,7 @@ def make_plan(settings: Settings, mesh: Mesh, model: Description | None = None) 
 
     Args:
         model: what describes the model, where that is known already.
+        loaded: whether its weights are in memory, and no part of what is free.
 
     Raises:
         UserError: the settings do not fit the model, or the model is a single file, whose
@@ -106,24 +115,27 @@ def make_plan(settings: Settings, mesh: Mesh, model: Description | None = None) 
     model = model or mesh.agree(lambda: _describe(settings))
     dtype = dtype_of(settings, mesh.device)
     text_bytes = mesh.agree(lambda: count_text_parameters(settings.model)) * dtype.itemsize
-    rehearsal = Rehearsal(model, dtype, kernels_of(mesh.device), text_bytes)
+    dry_run = DryRun(model, dtype, kernels_of(mesh.device), text_bytes)
     limit_gb = settings.memory.limit_gb
-    limit_bytes = int(1e9 * limit_gb) if limit_gb else free_memory_bytes(mesh)
+    dry_run.limit_bytes = int(1e9 * limit_gb) if limit_gb else free_memory_bytes(mesh)
+    if loaded and not limit_gb:
+        dry_run.limit_bytes += sum(dry_run.weights(settings, mesh.size).values())
     disk_bytes = min(mesh.gather_objects(free_disk_bytes(settings.output)))
     raw_bytes = 3 * settings.height * settings.width
 
-    def rehearse() -> tuple[Needs, str | None] | None:
+    def simulated() -> tuple[Needs, str | None] | None:
         if mesh.rank > 0:
             return None
-        needs = rehearsal.needs(settings, mesh.size)
+        needs = dry_run.needs(settings, mesh.size)
         no_disk = _disk_refusal(settings, raw_bytes, disk_bytes)
-        return needs, no_disk or refusal(rehearsal, settings, needs, limit_bytes)
+        return needs, no_disk or refusal(dry_run, settings, needs)
 
-    made = mesh.gather_objects(mesh.agree(rehearse))[0]
-    assert made is not None, "rank 0 has rehearsed"
+    made = mesh.gather_objects(mesh.agree(simulated))[0]
+    assert made is not None, "rank 0 has simulated"
+    needs, no_fit = made
     # Not before: ranks that wait for rank 0 would have the cores to themselves.
     speeds = measure(mesh, dtype, model.unet["block_out_channels"][1])
-    return Plan(made[0], speeds, limit_bytes, disk_bytes, raw_bytes, made[1])
+    return Plan(needs, speeds, dry_run.limit_bytes, disk_bytes, raw_bytes, no_fit)
 
 
 def _describe(settings: Settings) -> Description:

@@ -9,17 +9,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.config import Settings, UserError
-from engine.plan.needs import Needs, Rehearsal
+from engine.plan.needs import DryRun, Needs
 from engine.plan.table import gigabytes, ranks_text
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """A setting that saves memory."""
+    """A setting that saves memory.
+
+    Attributes:
+        needs: what there must be for it, "a GPU" or "ranks".
+    """
 
     group: str
     name: str
     value: Any
+    needs: str = ""
 
     def __str__(self) -> str:
         name = self.name.replace("_", "-")
@@ -31,19 +36,32 @@ class Remedy:
         changed = group.model_copy(update={self.name: self.value})
         return settings.model_copy(update={self.group: changed})
 
-    def helps(self, settings: Settings) -> bool:
-        """Whether it is not set already."""
+    def is_possible(self, settings: Settings, ranks: int, on_gpu: bool) -> bool:
+        """Whether it can be chosen, and is not yet."""
+        if (self.needs == "a GPU" and not on_gpu) or (self.needs == "ranks" and ranks == 1):
+            return False
+        if self.group == "codec" and (settings.codec.mode == "exact") != (self.name == "mode"):
+            return False  # 'auto' streams already
         return bool(getattr(getattr(settings, self.group), self.name) != self.value)
 
 
-REMEDIES = (Remedy("memory", "guidance_in_turn", True),)
+REMEDIES = (
+    Remedy("codec", "mode", "streaming"),
+    Remedy("codec", "chunk_rows", 1),
+    Remedy("memory", "guidance_in_turn", True),
+    Remedy("memory", "token_chunks", 16),
+    Remedy("memory", "row_chunks", 16),
+    Remedy("memory", "skips_on_host", True, needs="a GPU"),
+    Remedy("memory", "sharded_weights", True, needs="ranks"),
+)
 
 
-def refusal(rehearsal: Rehearsal, settings: Settings, needs: Needs, limit_bytes: int) -> str | None:
-    """Why the job does not fit into `limit_bytes` a rank, and what does; None if it fits."""
+def refusal(dry_run: DryRun, settings: Settings, needs: Needs) -> str | None:
+    """Why the job does not fit, and with what it does; None if it fits."""
+    limit_bytes = dry_run.limit_bytes
     if needs.peak_bytes <= limit_bytes:
         return None
-    if needs.weight_bytes > limit_bytes:
+    if needs.weight_bytes > limit_bytes and needs.ranks == 1:
         return (
             f"the weights alone take {gigabytes(needs.weight_bytes)} on every rank, and "
             f"{gigabytes(limit_bytes)} are free: take a dtype of fewer bytes, or a smaller model"
@@ -59,30 +77,42 @@ def refusal(rehearsal: Rehearsal, settings: Settings, needs: Needs, limit_bytes:
         for rung in needs.rungs
         if needs.weight_bytes + rung.largest.peak_bytes > limit_bytes
     }
-    search = _Search(rehearsal, settings, needs.ranks, limit_bytes, only)
+    search = _Search(dry_run, settings, needs.ranks, only)
     return f"{wanting}: {search.advice()}"
 
 
 @dataclass
 class _Search:
-    rehearsal: Rehearsal
+    dry_run: DryRun
     settings: Settings
     ranks: int
-    limit_bytes: int
     only: set[int]
 
     def advice(self) -> str:
         """What to do, as the end of a sentence."""
         remedies: list[Remedy] = []
+        least = self._peak([], self.ranks)
         for remedy in REMEDIES:
-            if remedy.helps(self.settings):
-                remedies.append(remedy)
-                if peak := self._fitting_peak(remedies, self.ranks):
-                    return self._sentence(remedies, self.ranks, peak)
+            settings = self._with(remedies)
+            if not remedy.is_possible(settings, self.ranks, self.dry_run.on_gpu):
+                continue
+            peak = self._peak([*remedies, remedy], self.ranks)
+            if peak is None or (least is not None and peak >= least):
+                continue
+            remedies.append(remedy)
+            least = peak
+            if peak <= self.dry_run.limit_bytes:
+                return self._sentence(remedies, self.ranks, peak)
         for ranks in self._more_ranks():
             if peak := self._fitting_peak(remedies, ranks):
                 return self._sentence(remedies, ranks, peak)
         return "no setting that this version knows makes it fit; a smaller picture would"
+
+    def _with(self, remedies: list[Remedy]) -> Settings:
+        settings = self.settings
+        for remedy in remedies:
+            settings = remedy.applied(settings)
+        return settings
 
     def _more_ranks(self) -> Iterator[int]:
         """Twice as many, and again, as long as there are rows for them."""
@@ -103,14 +133,11 @@ class _Search:
 
     def _fitting_peak(self, remedies: list[Remedy], ranks: int) -> int | None:
         peak = self._peak(remedies, ranks)
-        return peak if peak is not None and peak <= self.limit_bytes else None
+        return peak if peak is not None and peak <= self.dry_run.limit_bytes else None
 
     def _peak(self, remedies: list[Remedy], ranks: int) -> int | None:
         """What a rank would need; None where the picture has too few rows for so many."""
-        settings = self.settings
-        for remedy in remedies:
-            settings = remedy.applied(settings)
         try:
-            return self.rehearsal.needs(settings, ranks, self.only).peak_bytes
+            return self.dry_run.needs(self._with(remedies), ranks, self.only).peak_bytes
         except UserError:
             return None

@@ -14,7 +14,7 @@ def rung_table(needs: Needs, speeds: Speeds) -> str:
     names = [
         n for n in _PARTS if any(part.name == n for rung in needs.rungs for part in rung.parts)
     ]
-    head = ["rung", "steps", "rows of the ranks", *names, "sent", "time"]
+    head = ["rung", "steps", "rows of the ranks", *names, "codec", "sent", "time"]
     lines = [_line(rung, names, speeds) for rung in needs.rungs]
     return columns([head, *lines])
 
@@ -26,6 +26,7 @@ def _line(plan: RungPlan, names: Sequence[str], speeds: Speeds) -> list[str]:
         str(plan.rung.steps_run),
         rows_text(plan),
         *(peaks.get(name, "-") for name in names),
+        plan.codec,
         gigabytes(plan.cost.bytes_sent),
         duration(speeds.seconds(plan.cost)),
     ]
