@@ -23,6 +23,7 @@ import argparse
 import json
 import math
 import resource
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -181,6 +182,7 @@ def measure(vae: AutoencoderKL, options: argparse.Namespace) -> list[Measured]:
     decoders = {name: Measured(f"decode, {name}") for name in ["exact", *streams]}
     encoders = {name: Measured(f"encode, {name}") for name in ["exact", *streams]}
     for seed in range(options.pictures):
+        print(f"landscape {seed} ...", file=sys.stderr, flush=True)
         picture = landscape(seed, options.px, vae)
         with watched(encoders["exact"]):
             latent = codec.encode(vae, picture, options.px)

@@ -130,6 +130,15 @@ def test_a_streamed_landscape_looks_like_the_exact_one(demo):
     assert decibels(codec.decode(vae, encoded)[1].detach(), exact) > 40
 
 
+def test_a_picture_of_one_colour_stays_one(demo):
+    """Next to nothing varies there but what the edges do to it, and they are thinned out badly."""
+    vae, *_ = demo
+    blue = torch.tensor([-0.6, -0.2, 0.7]).view(1, 3, 1, 1).expand(1, 3, 256, 256)
+    sample = codec.encode(vae, blue, 256).detach()
+    exact = codec.decode(vae, sample)[1].detach()
+    assert decibels(codec.decode(vae, sample, Streaming(statistics_px=128))[1], exact) > 38
+
+
 def test_the_borders_of_chunks_are_rows_like_any_others(demo):
     """The change that streaming makes steps no further there than elsewhere."""
     vae, _, sample, exact = demo

@@ -160,4 +160,12 @@ def test_a_correction_turns_one_pictures_statistics_into_anothers():
     for found, wanted in zip(Correction.between(here, there).apply(here), there, strict=True):
         torch.testing.assert_close(found, wanted)
     for found, wanted in zip(Correction().apply(here), here, strict=True):
-        assert torch.equal(found, wanted)
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_correction_of_something_flat_is_finite():
+    flat, other = (torch.ones(1, 2), torch.zeros(1, 2)), (torch.ones(1, 2), torch.ones(1, 2))
+    for found, wanted in zip(Correction.between(flat, other).apply(flat), other, strict=True):
+        torch.testing.assert_close(found, wanted)
+    for found in Correction.between(other, flat).apply(flat):
+        assert found.isfinite().all()

@@ -12,6 +12,9 @@ neighbours, a group norm three sums, linear attention one small matrix; nothing 
     layers.py    convolution, group norm, down-sampling and softmax attention over bands
     functions.py what diffusers computes over whole pictures outside of any layer
     boundary.py  where whole tensors become bands and back: UNet, ControlNet, VAE
+    resize.py    a picture in bands made larger or smaller
+    stream.py    a band through the VAE in chunks of rows, each layer's rows computed once
+    measure.py   what a stream's layers are told of the whole picture, and where it comes from
 """
 
 from engine.bands.context import banded, current_exchange, sum_over_bands

@@ -35,6 +35,9 @@ from engine.bands.exchange import gather_parts, mean_and_variance
 from engine.bands.rows import scale_rows
 from engine.bands.stream import Alone, Course, Frozen, Moments, Stream, run_stream, thin_rows
 
+_FLOOR = 1e-6
+"""What the VAE's norms add to a variance: below it, variances make no difference."""
+
 
 @dataclass(frozen=True)
 class Correction:
@@ -46,13 +49,13 @@ class Correction:
     @classmethod
     def between(cls, thinned: Moments, whole: Moments) -> "Correction":
         """The correction that turns `thinned` into `whole`."""
-        variance = thinned[1].clamp_min(torch.finfo(thinned[1].dtype).tiny)
-        return cls((whole[0] - thinned[0]) / variance.sqrt(), whole[1] / variance)
+        variance = thinned[1] + _FLOOR
+        return cls((whole[0] - thinned[0]) / variance.sqrt(), (whole[1] + _FLOOR) / variance)
 
     def apply(self, thinned: Moments) -> Moments:
         """The whole picture's (mean, variance)."""
-        mean, variance = thinned
-        return mean + self.shift * variance.sqrt(), variance * self.ratio
+        mean, variance = thinned[0], thinned[1] + _FLOOR
+        return mean + self.shift * variance.sqrt(), (variance * self.ratio - _FLOOR).clamp_min(0)
 
 
 class Rehearsal(Alone):
