@@ -231,12 +231,12 @@ class Streaming(Codec):
     def decode(self, vae: AutoencoderKL, layout: Layout, latent: Tensor) -> Tensor:
         with torch.no_grad(), _stream_layers(vae):
             pictures = [self._decode(vae, layout, one) for one in latent.split(1)]
-        return torch.cat(pictures)
+        return _batch(pictures)
 
     def encode(self, vae: AutoencoderKL, layout: Layout, pixels: Tensor, height: int) -> Tensor:
         with torch.no_grad(), _stream_layers(vae):
             means = [self._encode(vae, layout, one, height) for one in pixels.split(1)]
-        return torch.cat(means)
+        return _batch(means)
 
     def _decode(self, vae: AutoencoderKL, layout: Layout, latent: Tensor) -> Tensor:
         """[1, 4, H, W] -> [1, 3, 8h, 8W]"""
@@ -308,6 +308,11 @@ def choose(settings: CodecSettings, mode: str) -> Codec:
         return Exact()
     assert mode == "streaming", "'auto' is one of the two by now"
     return Streaming(settings.statistics_px, settings.passes, settings.chunk_rows)
+
+
+def _batch(pictures: list[Tensor]) -> Tensor:
+    """[1, ...] each -> [B, ...]; a single one is not copied, since it may be all that fits."""
+    return pictures[0] if len(pictures) == 1 else torch.cat(pictures)
 
 
 @contextmanager
