@@ -256,6 +256,13 @@ class Engine:
             self._plans[settings].check()
         return codec.choose(settings.codec, self._plans[settings].codecs[rung])
 
+    def _codecs_used(self, settings: Settings) -> dict[str, list[str]]:
+        """What "auto" came to, rung by rung: it depends on how much memory there was."""
+        if settings.codec.mode != "auto":
+            return {}
+        codecs = self._plans[settings].codecs
+        return {"codecs": [codecs[rung] for rung in sorted(codecs)]}
+
     def _climb(
         self,
         settings: Settings,
@@ -314,6 +321,7 @@ class Engine:
             **settings.provenance(),
             **({} if self._settings else {"model": self.pipe.config.get("_name_or_path")}),
             "dtype": str(self.pipe.unet.dtype).removeprefix("torch."),
+            **self._codecs_used(settings),
             "engine": engine.__version__,
         }
         return {"prompt": settings.prompt, "linfusion-engine": json.dumps(facts, sort_keys=True)}

@@ -350,8 +350,3 @@ def test_what_changes_the_picture_is_in_the_provenance() -> None:
     assert displaced.provenance()["synchronisation"] == "displaced"
     assert displaced.provenance()["warmup_steps"] == 2
     assert "synchronisation" not in Settings.load(["--mesh.guidance=1"]).provenance()
-
-
-@pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")))
-def test_every_shipped_file_works(file: Path) -> None:
-    assert Settings.load(["--config", str(file)]).output.stem == file.stem
