@@ -51,12 +51,13 @@ def convolve(
         conv: keeps the number of rows; a `Conv2d`, or a LoRA around one.
         read: never asked for rows that were yielded before, which may be overwritten meanwhile.
     """
-    if _convolution(conv).padding_mode != "zeros":
+    plain = plain_convolution(conv)
+    if plain.padding_mode != "zeros":
         raise UserError(
-            f"a convolution pads with {_convolution(conv).padding_mode!r}, which chunks of rows do "
-            "not: set padding_mode to 'zeros', or leave row_chunks out"
+            f"a convolution pads with {plain.padding_mode!r}, which chunks of rows do not: set "
+            "padding_mode to 'zeros', or leave row_chunks out"
         )
-    reach = int(_convolution(conv).padding[0])  # rows that it looks up, and as many down
+    reach = int(plain.padding[0])  # rows that it looks up, and as many down
     above, below = _neighbours(conv, read, height, reach)
     for rows in split_evenly(height, chunks):
         pieces = [read(rows.start, min(rows.stop + reach, height))]
@@ -72,7 +73,7 @@ def convolve(
         yield slice(rows.start, rows.stop), y[:, :, top : top + len(rows)]
 
 
-def _convolution(conv: Any) -> nn.Conv2d:
+def plain_convolution(conv: Any) -> nn.Conv2d:
     """The convolution itself where a LoRA is around it."""
     return getattr(conv, "base_layer", conv)
 
@@ -85,9 +86,9 @@ def _neighbours(
     if exchange is None or reach == 0:
         return None, None
     if reach > 1:  # a dilated convolution's halo may come from rows anywhere in several bands
-        return exchange.halo(_convolution(conv), read(0, height), reach, reach)
+        return exchange.halo(plain_convolution(conv), read(0, height), reach, reach)
     edges = torch.cat([read(0, 1), read(height - 1, height)], dim=2)
-    return exchange.halo(_convolution(conv), edges, 1, 1)
+    return exchange.halo(plain_convolution(conv), edges, 1, 1)
 
 
 class InplaceResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]

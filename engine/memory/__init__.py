@@ -44,7 +44,12 @@ from torch.utils.hooks import RemovableHandle
 
 from engine.bands import Mesh, join_mesh
 from engine.bands.boundary import Boundary
-from engine.bands.chunks import ChunkedResnetBlock2D, ChunkedUpsample2D, InplaceResnetBlock2D
+from engine.bands.chunks import (
+    ChunkedResnetBlock2D,
+    ChunkedUpsample2D,
+    InplaceResnetBlock2D,
+    plain_convolution,
+)
 from engine.bands.layers import BandConv2d
 from engine.config import UserError
 from engine.memory.skips import (
@@ -196,7 +201,7 @@ def _is_usual(module: nn.Module) -> bool:
             and module.time_embedding_norm == "default"
             and module.time_emb_proj is not None
             and isinstance(module.nonlinearity, nn.SiLU)
-            and module.conv2.out_channels == module.out_channels
+            and plain_convolution(module.conv2).out_channels == module.out_channels
         )
     if isinstance(module, Upsample2D):
         return bool(module.use_conv and module.interpolate) and module.norm is None

@@ -12,12 +12,13 @@ also those that compute another side of guidance: every rank runs the same block
 FSDP2 puts a class of its own in front of each block's, and so does `engine.distribute` in front of
 the UNet's; the layers inside of a block keep theirs. So the two live together, provided that
 FSDP2's class lies beneath the boundary: `beneath_boundary` sees to that, whichever comes first.
-LoRA weights stay whole on every rank: they are small, and `engine.distribute` compares them.
+LoRA weights stay whole on every rank: they are small, and `engine.distribute` compares them. LoRAs
+may be loaded after, too; a DoRA, which reads the weights that it goes with, only before.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -45,6 +46,29 @@ def beneath_boundary(network: nn.Module) -> Iterator[None]:
     with_boundary(network, boundary, layout)
 
 
+class ShardedUNet:
+    """In front of the UNet's class: refuses what needs whole weights."""
+
+    def fuse_lora(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """A LoRA is fused before the weights are shared out, or not at all."""
+        raise _needs_whole_weights("LoRAs cannot be fused")
+
+    def unfuse_lora(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """A LoRA fused before stays."""
+        raise _needs_whole_weights("LoRAs cannot be unfused")
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """No rank has what would be saved."""
+        raise _needs_whole_weights("the UNet cannot be saved")
+
+
+def _needs_whole_weights(what: str) -> UserError:
+    return UserError(
+        f"{what} while its weights are shared out over the ranks (sharded_weights): do it before "
+        "engine.memory.apply(...), or after engine.memory.remove(unet) on every rank"
+    )
+
+
 def shard(unet: nn.Module, mesh: Mesh) -> None:
     """Keep this rank's share of the weights of `unet`, which are the same on every rank.
 
@@ -60,6 +84,9 @@ def shard(unet: nn.Module, mesh: Mesh) -> None:
     loras = {weight for name, weight in unet.named_parameters() if "lora_" in name}
     blocks = [m for m in unet.modules() if isinstance(m, ResnetBlock2D | BasicTransformerBlock)]
     with torch.inference_mode(False), beneath_boundary(unet):
+        base = type(unet)
+        attributes = {"__module__": base.__module__, "__doc__": base.__doc__}
+        unet.__class__ = type(base.__name__, (ShardedUNet, base), attributes)
         for block in (*blocks, unet):
             # The UNet's own are freed too: by default FSDP2 keeps the outermost module's.
             fully_shard(block, mesh=devices, reshard_after_forward=True, ignored_params=loras)
@@ -85,6 +112,7 @@ def unshard(unet: nn.Module) -> None:
         for block in blocks:
             _, block.__class__ = type(block).__bases__
             _composable_state._module_state_mapping.pop(block, None)
+        _, unet.__class__ = type(unet).__bases__
 
 
 def _gather_parameters(module: nn.Module) -> None:
