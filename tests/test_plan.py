@@ -5,9 +5,8 @@ import re
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from engine import linfusion, plan
+from engine import plan
 from engine.bands import Mesh
 from engine.config import Settings, UserError
 from engine.hardware import Speeds
@@ -17,8 +16,9 @@ from engine.plan import make_plan
 from engine.plan.needs import DryRun
 from engine.plan.parts import dilated_steps
 from engine.plan.table import columns, duration, rows_text
-from engine.simulation import META, CpuKernels, Kernels
+from engine.simulation import CpuKernels, Kernels
 from tests.ranks import run_ranks
+from tests.shapes import sd15, sdxl
 
 KERNELS = CpuKernels(torch.get_num_threads())
 ALONE = Mesh(0, 1, torch.device("cpu"), None)
@@ -43,47 +43,6 @@ def settings(**values):
     return Settings.model_validate(values)
 
 
-def described(unet, vae):
-    linfusion.convert(unet)
-    return Description(dict(unet.config), dict(vae.config), linfusion.list_modules(unet))
-
-
-def published_vae(**options):
-    return AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        **options,
-    )
-
-
-@pytest.fixture(scope="module")
-def sd15():
-    with META:
-        unet = UNet2DConditionModel(
-            sample_size=64, cross_attention_dim=768, attention_head_dim=8,
-            block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
-        )  # fmt: skip
-        return described(unet, published_vae(force_upcast=False))
-
-
-@pytest.fixture(scope="module")
-def sdxl():
-    with META:
-        unet = UNet2DConditionModel(
-            sample_size=128,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20), cross_attention_dim=2048, use_linear_projection=True,
-            addition_embed_type="text_time", addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )  # fmt: skip
-        return described(unet, published_vae(force_upcast=True))
-
-
 @pytest.fixture
 def any_size(monkeypatch):
     """The exact codec at sizes that no kernel takes."""
@@ -102,25 +61,25 @@ def peaks(model, ranks=1, side=16384, **memory):
 # eager forward at 16384 x 16384 px has at its peak, in fp16, with guidance at once and in turn.
 
 
-def test_the_peak_of_sd15_at_16384_px(sd15, any_size):
-    at_once, in_turn = peaks(sd15), peaks(sd15, guidance_in_turn=True)
+def test_the_peak_of_sd15_at_16384_px(any_size):
+    at_once, in_turn = peaks(sd15()), peaks(sd15(), guidance_in_turn=True)
     assert at_once["UNet"] == pytest.approx(140, rel=0.02)
     assert in_turn["UNet"] == pytest.approx(70, rel=0.02)
     assert at_once["decoder"] == pytest.approx(412, rel=0.02)
 
 
-def test_the_peak_of_sdxl_at_16384_px(sdxl, any_size):
-    assert peaks(sdxl)["UNet"] == pytest.approx(85, rel=0.02)
-    assert peaks(sdxl, guidance_in_turn=True)["UNet"] == pytest.approx(42, rel=0.02)
+def test_the_peak_of_sdxl_at_16384_px(any_size):
+    assert peaks(sdxl())["UNet"] == pytest.approx(85, rel=0.02)
+    assert peaks(sdxl(), guidance_in_turn=True)["UNet"] == pytest.approx(42, rel=0.02)
 
 
-def test_ranks_share_the_peak(sdxl, any_size):
-    at_once = peaks(sdxl, ranks=8)  # two groups of four bands
+def test_ranks_share_the_peak(any_size):
+    at_once = peaks(sdxl(), ranks=8)  # two groups of four bands
     assert at_once["UNet"] == pytest.approx(85 / 8, rel=0.3)  # the whole output is gathered
 
 
-def test_shared_weights(sdxl, any_size):
-    dry_run = DryRun(sdxl, torch.float16, NoWorkspace())
+def test_shared_weights(any_size):
+    dry_run = DryRun(sdxl(), torch.float16, NoWorkspace())
     whole = dry_run.weights(settings(), 8)["UNet"]
     shared = dry_run.weights(settings(memory={"sharded_weights": True}), 8)["UNet"]
     assert whole / 8 < shared < whole / 8 + 0.2 * GB
@@ -163,8 +122,7 @@ def test_what_does_not_fit_exactly_is_streamed():
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_long_stream_costs_what_two_short_ones_tell(monkeypatch, ranks):
-    monkeypatch.setattr("engine.plan.parts._SHORT_BANDS", (24, 40))
-    streaming = {"mode": "streaming", "chunk_rows": 8, "statistics_px": 64, "passes": 1}
+    streaming = {"mode": "streaming", "chunk_rows": 5, "statistics_px": 64, "passes": 1}
 
     def decoder(long_band):
         monkeypatch.setattr("engine.plan.parts._LONG_BAND", long_band)

@@ -44,6 +44,7 @@ class Plan:
     """What a job takes, and what there is for it.
 
     Attributes:
+        speeds: measured, or None where nobody asks for times.
         limit_bytes: that a rank may use.
         free_disk_bytes: where the file is to go.
         raw_bytes: of the picture's pixels, which no file exceeds by much.
@@ -51,7 +52,7 @@ class Plan:
     """
 
     needs: Needs
-    speeds: Speeds
+    speeds: Speeds | None
     limit_bytes: float
     free_disk_bytes: int
     raw_bytes: int
@@ -68,25 +69,31 @@ class Plan:
         return {rung.rung.index: rung.codec for rung in self.needs.rungs}
 
     @property
-    def writing_s(self) -> float:
-        """An estimate for the file, which every rank compresses its own rows of."""
-        return self.raw_bytes / self.needs.ranks / self.speeds.deflated_bytes
-
-    @property
     def seconds(self) -> float:
         """An estimate for the whole job, but for loading the model."""
-        return self.writing_s + sum(self.speeds.seconds(rung.cost) for rung in self.needs.rungs)
+        rungs = sum(self._speeds.seconds(rung.cost) for rung in self.needs.rungs)
+        return rungs + self._writing_s
+
+    @property
+    def _writing_s(self) -> float:
+        """For the file, of which every rank compresses its own rows."""
+        return self.raw_bytes / self.needs.ranks / self._speeds.deflated_bytes
+
+    @property
+    def _speeds(self) -> Speeds:
+        assert self.speeds is not None, "a plan that is asked for times is made with timed=True"
+        return self.speeds
 
     def __str__(self) -> str:
         needs = self.needs
         weights = ", ".join(f"{name} {gigabytes(size)}" for name, size in needs.weights.items())
         lines = [
-            rung_table(needs, self.speeds),
+            rung_table(needs, self._speeds),
             f"weights   {weights} on each of {ranks_text(needs.ranks)}",
             f"memory    {gigabytes(needs.peak_bytes)} of {gigabytes(self.limit_bytes)} on a rank",
             f"disk      {gigabytes(self.raw_bytes)} of pixels, {gigabytes(self._usual_file_bytes)} "
             f"as a PNG usually is, of {gigabytes(self.free_disk_bytes)} free",
-            f"time      about {duration(self.seconds)}, {duration(self.writing_s)} of it for the "
+            f"time      about {duration(self.seconds)}, {duration(self._writing_s)} of it for the "
             "file: an estimate from short trials",
         ]
         return "\n".join(lines)
@@ -97,7 +104,12 @@ class Plan:
 
 
 def make_plan(
-    settings: Settings, mesh: Mesh, model: Description | None = None, *, loaded: bool = False
+    settings: Settings,
+    mesh: Mesh,
+    model: Description | None = None,
+    *,
+    loaded: bool = False,
+    timed: bool = True,
 ) -> Plan:
     """What the job of `settings` takes on the ranks of `mesh`, and what there is. Loads nothing.
 
@@ -107,6 +119,7 @@ def make_plan(
     Args:
         model: what describes the model, where that is known already.
         loaded: whether its weights are in memory, and no part of what is free.
+        timed: whether to try how fast the ranks are, which takes two seconds.
 
     Raises:
         UserError: the settings do not fit the model, or the model is a single file, whose
@@ -134,7 +147,7 @@ def make_plan(
     assert made is not None, "rank 0 has simulated"
     needs, no_fit = made
     # Not before: ranks that wait for rank 0 would have the cores to themselves.
-    speeds = measure(mesh, dtype, model.unet["block_out_channels"][1])
+    speeds = measure(mesh, dtype, model.unet["block_out_channels"][1]) if timed else None
     return Plan(needs, speeds, dry_run.limit_bytes, disk_bytes, raw_bytes, no_fit)
 
 

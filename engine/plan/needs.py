@@ -12,6 +12,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -126,9 +127,8 @@ class DryRun:
         rungs = ladder.rungs(
             settings, self._model.native_side, picture_size(start) if start else None
         )
-        networks = self._networks()
-        job = Job(settings, networks, self._dtype, self._kernels, ranks, rungs)
-        weights = self._weights(networks, settings, ranks)
+        job = Job(settings, self._networks, self._dtype, self._kernels, ranks, rungs)
+        weights = self.weights(settings, ranks)
         room = self.limit_bytes - sum(weights.values())
         plans = [
             self._rung(job, rung, room) for rung in rungs if only is None or rung.index in only
@@ -137,12 +137,10 @@ class DryRun:
 
     def weights(self, settings: Settings, ranks: int) -> dict[str, int]:
         """Bytes of each network that a rank holds."""
-        return self._weights(self._networks(), settings, ranks)
-
-    def _weights(self, networks: SimpleNamespace, settings: Settings, ranks: int) -> dict[str, int]:
+        shares = ranks if settings.memory.sharded_weights else 1
         return {
-            "UNet": _unet_bytes(networks.unet, ranks if settings.memory.sharded_weights else 1),
-            "VAE": _weight_bytes(networks.vae),
+            "UNet": _unet_bytes(self._networks.unet, shares),
+            "VAE": _weight_bytes(self._networks.vae),
             "text encoders": self._text_bytes,
         }
 
@@ -178,6 +176,7 @@ class DryRun:
             self._known[key] = make()
         return self._known[key]
 
+    @cached_property
     def _networks(self) -> SimpleNamespace:
         """As much of a pipeline as the denoiser and the codec look at."""
         with pretended(self._dtype):

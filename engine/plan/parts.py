@@ -25,6 +25,7 @@ from engine.bands.boundary import (
     VAEBoundary,
     downsampling_factor,
     with_boundary,
+    without_boundary,
 )
 from engine.config import Settings
 from engine.diffusion import Conditions, Denoiser, dilated
@@ -112,6 +113,7 @@ def unet_parts(job: Job, rung: Rung) -> list[Part]:
     """The UNet, and where the strategy has it, the dilated one."""
     unet, traffic, kept = job.networks.unet, Traffic(), job.kept_bytes(rung)
     memory.apply(unet, memory_options(job.settings))
+    without_boundary(unet)
     if job.ranks > 1:
         groups = job.groups(rung)
         mesh = PretendedMesh.of(job.ranks, rung.height // 8, job.row_multiple, groups)
@@ -257,19 +259,25 @@ def _passage(job: Job, rung: Rung, mode: CodecMode, passage: Passage) -> Cost:
     rows = rung.height // 8
     if mode == "exact" or rows <= job.ranks * _LONG_BAND:
         return _run(job, rung, mode, passage, rows)
-    short, longer = (job.ranks * band for band in _SHORT_BANDS)
+    short, longer = (job.ranks * band for band in _short_bands(job.settings.codec.chunk_rows))
     low, high = (_run(job, rung, mode, passage, rows) for rows in (short, longer))
     return _line(low, high, (rows - short) / (longer - short))
 
 
-# Rows of a latent. Short ones are longer than the margins of a stream; and from the long one on, it
-# is the stream that needs most memory, not the thinned picture that it takes its statistics from.
-_SHORT_BANDS = (96, 160)
-_LONG_BAND = 512
+# Rows of a latent. From here on it is the stream that needs most memory, not the thinned picture
+# that it takes its statistics from.
+_LONG_BAND = 256
+
+
+def _short_bands(chunk_rows: int) -> tuple[int, int]:
+    """A few chunks, but more rows than a stream has for a margin, and a few more."""
+    chunks = max(5, -(-32 // chunk_rows))
+    return chunks * chunk_rows, (chunks + 5) * chunk_rows
 
 
 def _run(job: Job, rung: Rung, mode: CodecMode, passage: Passage, rows: int) -> Cost:
     vae, traffic = job.networks.vae, Traffic()
+    without_boundary(vae)
     if job.ranks > 1:
         mesh = PretendedMesh.of(job.ranks, rows)
         _band(vae, VAEBoundary, share_out(mesh, 1, ExactExchange, False, traffic))

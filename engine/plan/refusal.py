@@ -91,22 +91,33 @@ class _Search:
     def advice(self) -> str:
         """What to do, as the end of a sentence."""
         remedies: list[Remedy] = []
-        least = self._peak([], self.ranks)
-        for remedy in REMEDIES:
-            settings = self._with(remedies)
-            if not remedy.is_possible(settings, self.ranks, self.dry_run.on_gpu):
+        needs = self._needs(remedies, self.ranks)
+        untried = list(REMEDIES)
+        while remedy := self._next(untried, remedies, needs):
+            untried.remove(remedy)
+            tried = self._needs([*remedies, remedy], self.ranks)
+            if tried is None or (needs is not None and tried.peak_bytes >= needs.peak_bytes):
                 continue
-            peak = self._peak([*remedies, remedy], self.ranks)
-            if peak is None or (least is not None and peak >= least):
-                continue
-            remedies.append(remedy)
-            least = peak
-            if peak <= self.dry_run.limit_bytes:
-                return self._sentence(remedies, self.ranks, peak)
+            remedies, needs = [*remedies, remedy], tried
+            if needs.peak_bytes <= self.dry_run.limit_bytes:
+                return self._sentence(remedies, self.ranks, needs.peak_bytes)
         for ranks in self._more_ranks():
             if peak := self._fitting_peak(remedies, ranks):
                 return self._sentence(remedies, ranks, peak)
         return "no setting that this version knows makes it fit; a smaller picture would"
+
+    def _next(
+        self, untried: list[Remedy], remedies: list[Remedy], needs: Needs | None
+    ) -> Remedy | None:
+        """The mildest remedy for the part that needs most."""
+        settings = self._with(remedies)
+        is_pixels = needs is not None and needs.highest.largest.name in ("encoder", "decoder")
+        for remedy in untried:
+            if (remedy.group == "codec") == is_pixels and remedy.is_possible(
+                settings, self.ranks, self.dry_run.on_gpu
+            ):
+                return remedy
+        return None
 
     def _with(self, remedies: list[Remedy]) -> Settings:
         settings = self.settings
@@ -117,7 +128,7 @@ class _Search:
     def _more_ranks(self) -> Iterator[int]:
         """Twice as many, and again, as long as there are rows for them."""
         ranks = 2 * self.ranks
-        while self._peak([], ranks) is not None:
+        while self._needs([], ranks) is not None:
             yield ranks
             ranks *= 2
 
@@ -132,12 +143,13 @@ class _Search:
         return f"{' with '.join(ways)} would do with {gigabytes(peak)} in all"
 
     def _fitting_peak(self, remedies: list[Remedy], ranks: int) -> int | None:
-        peak = self._peak(remedies, ranks)
-        return peak if peak is not None and peak <= self.dry_run.limit_bytes else None
+        needs = self._needs(remedies, ranks)
+        fits = needs is not None and needs.peak_bytes <= self.dry_run.limit_bytes
+        return needs.peak_bytes if needs is not None and fits else None
 
-    def _peak(self, remedies: list[Remedy], ranks: int) -> int | None:
+    def _needs(self, remedies: list[Remedy], ranks: int) -> Needs | None:
         """What a rank would need; None where the picture has too few rows for so many."""
         try:
-            return self.dry_run.needs(self._with(remedies), ranks, self.only).peak_bytes
+            return self.dry_run.needs(self._with(remedies), ranks, self.only)
         except UserError:
             return None
