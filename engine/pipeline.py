@@ -252,7 +252,7 @@ class Engine:
             return codec.choose(settings.codec, settings.codec.mode)
         if settings not in self._plans:
             model = Description.of(self.pipe)
-            self._plans[settings] = make_plan(settings, self.mesh, model, loaded=True)
+            self._plans[settings] = make_plan(settings, self.mesh, model, loaded=True, timed=False)
             self._plans[settings].check()
         return codec.choose(settings.codec, self._plans[settings].codecs[rung])
 
@@ -367,12 +367,14 @@ def plan_job(settings: Settings, mesh: Mesh) -> Plan:
             f"model: {settings.model} is a single file, whose shapes are not known before it is "
             "loaded: plan with the diffusers folder that it was made of"
         )
-    return _plan(settings, mesh, model)
+    return _plan(settings, mesh, model, timed=True)
 
 
-def _plan(settings: Settings, mesh: Mesh, model: Description, loaded: bool = False) -> Plan:
+def _plan(
+    settings: Settings, mesh: Mesh, model: Description, loaded: bool = False, timed: bool = False
+) -> Plan:
     mesh.agree(lambda: _check(settings, mesh.size, model))
-    return make_plan(settings, mesh, model, loaded=loaded)
+    return make_plan(settings, mesh, model, loaded=loaded, timed=timed)
 
 
 def _memory_options(settings: Settings) -> memory.MemoryOptions:
