@@ -347,8 +347,10 @@ def _choose_axes(settings: Settings, ranks: int) -> Axes:
 
 
 def _on_device(settings: Settings, mesh: Mesh) -> Mesh:
+    """`mesh` on its device, where what the settings need is known to be there."""
     mesh = mesh.on_device(settings.device)
     require_same_versions(mesh)
+    memory.require(_memory_options(settings), mesh)
     return mesh
 
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from engine.bands import open_mesh
-from engine.config import Settings, UserError
+from engine.config import MemorySettings, Settings, UserError
 from engine.pipeline import Engine
 from tests.ranks import run_ranks
 
@@ -135,3 +135,21 @@ def test_the_same_engine_paints_other_sizes():
         again = settings(64, 64, "auto")
         assert engine.paint(again)[1].shape == (1, 3, 64, 64)
         assert torch.equal(engine.paint(asked)[1], engine.paint(asked)[1])
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [("sharded_weights", "there is one only"), ("skips_on_host", "computes on the CPU")],
+)
+def test_what_saves_no_memory_here_is_refused_before_anything_is_loaded(option, sentence):
+    asked = Settings.model_validate({**DEMO, "model": "no/such", "memory": {option: True}})
+    with open_mesh() as mesh, pytest.raises(UserError, match=sentence):
+        Engine.load(asked, mesh)
+
+
+def test_memory_settings_paint_the_same_picture():
+    plain = settings(104, 96)
+    saving = MemorySettings(token_chunks=3, row_chunks=2, guidance_in_turn=True)
+    expected = in_one_process(plain)
+    for picture in run_ranks(2, pixels, plain.model_copy(update={"memory": saving})):
+        assert np.abs(picture.round() - expected.round()).max() <= 1

@@ -58,9 +58,10 @@ from engine.memory.skips import (
     HostSkips,
     LateJoinCrossAttnUpBlock2D,
     LateJoinUpBlock2D,
+    require_device,
 )
 from engine.memory.transformer import ChunkedTransformer2D, ChunkedTransformerBlock, InplaceGEGLU
-from engine.memory.weights import is_sharded, shard, unshard
+from engine.memory.weights import is_sharded, require_ranks, shard, unshard
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,18 @@ class MemoryOptions:
             chunks = getattr(self, name)
             if chunks is not None and chunks < 1:
                 raise UserError(f"{name} is {chunks}: it must be 1 or more, or None for no chunks")
+
+
+def require(options: MemoryOptions, mesh: Mesh) -> None:
+    """What `options` need, known before there is a UNet.
+
+    Raises:
+        UserError: `mesh` has one rank only, or computes on the host, and an option needs more.
+    """
+    if options.sharded_weights:
+        require_ranks(mesh)
+    if options.skips_on_host:
+        require_device(mesh.device)
 
 
 def apply(unet: UNet2DConditionModel, options: MemoryOptions, mesh: Mesh | None = None) -> None:

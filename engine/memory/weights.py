@@ -69,8 +69,8 @@ def _needs_whole_weights(what: str) -> UserError:
     )
 
 
-def shard(unet: nn.Module, mesh: Mesh) -> None:
-    """Keep this rank's share of the weights of `unet`, which are the same on every rank.
+def require_ranks(mesh: Mesh) -> None:
+    """Refuse to share weights out over a single rank, which would save nothing.
 
     Raises:
         UserError: there is nobody to share with.
@@ -80,6 +80,16 @@ def shard(unet: nn.Module, mesh: Mesh) -> None:
             "sharded_weights shares the UNet's weights out over ranks, and there is one only: "
             "start more, or leave it out"
         )
+
+
+def shard(unet: nn.Module, mesh: Mesh) -> None:
+    """Keep this rank's share of the weights of `unet`, which are the same on every rank.
+
+    Raises:
+        UserError: there is nobody to share with.
+    """
+    require_ranks(mesh)
+    assert mesh.group is not None, "several ranks have a group"
     devices = DeviceMesh.from_group(mesh.group, mesh.device.type)
     loras = {weight for name, weight in unet.named_parameters() if "lora_" in name}
     blocks = [m for m in unet.modules() if isinstance(m, ResnetBlock2D | BasicTransformerBlock)]
