@@ -439,7 +439,17 @@ def _latent_moments(vae: AutoencoderKL, like: Tensor) -> tuple[Tensor, Tensor] |
     return mean, std
 
 
+_CHUNK_ROWS = 64
+
+
 def to_uint8(pixels: Tensor) -> Tensor:
-    """[B, 3, h, W] in -1 ... 1 -> [B, h, W, 3] in 0 ... 255, rounded to nearest."""
-    levels = (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round()
-    return levels.to(torch.uint8).permute(0, 2, 3, 1)
+    """[B, 3, h, W] in -1 ... 1 -> [B, h, W, 3] in 0 ... 255, rounded to nearest.
+
+    Rows by rows, since at 16384 px each step on the way would be as large as the picture in floats.
+    """
+    batch, channels, height, width = pixels.shape
+    levels = pixels.new_empty(batch, height, width, channels, dtype=torch.uint8)
+    for top in range(0, height, _CHUNK_ROWS):
+        rows = pixels[:, :, top : top + _CHUNK_ROWS].float().permute(0, 2, 3, 1)
+        levels[:, top : top + _CHUNK_ROWS] = (rows / 2 + 0.5).clamp_(0, 1).mul_(255).round_()
+    return levels
