@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import engine
 from engine import linfusion, memory
@@ -24,8 +22,10 @@ from engine.bands.boundary import Layout, UNetBoundary, with_boundary
 from engine.bands.chunks import convolve, split_evenly
 from engine.bands.layers import BandConv2d
 from engine.config import UserError
+from engine.diffusion import dilated
 from engine.memory import MemoryOptions
 from engine.parallel import band_layers
+from engine.simulation import CudaKernels, pretended, simulate
 from tests import families, test_parity
 from tests.models import latent, randomise, save_tiny_pipeline, tiny_unet
 from tests.ranks import run_ranks
@@ -178,6 +178,26 @@ def test_every_setting_is_exact_over_bands_and_sends_the_same():
         assert max(errors.values()) < 1e-10, errors
         for plain, lean in traffic:
             assert plain == lean
+
+
+def dilated_errors(mesh):
+    """On bands of 4 rows at the lowest level, a halo of 3 rows at all of them."""
+    unet, _ = banded_unet(mesh)
+    memory.apply(unet, MemoryOptions(token_chunks=2, row_chunks=3))
+    alone, plain = tiny_unet(), tiny_unet()
+    memory.apply(alone, MemoryOptions(row_chunks=5))
+    with dilated(plain, 3):
+        expected = call(plain, 32, 16)
+    errors = []
+    for network in (unet, alone):
+        with dilated(network, 3):
+            errors.append(error(call(network, 32, 16), expected))
+    return errors
+
+
+def test_dilated_convolutions_in_chunks_are_exact():
+    for errors in run_ranks(2, dilated_errors):
+        assert max(errors) < 1e-10
 
 
 def displaced_forwards(mesh):
@@ -339,37 +359,10 @@ def test_new_settings_replace_the_old_ones():
 # --- what is held ---------------------------------------------------------------------------------
 
 
-class LivePeak(TorchDispatchMode):
-    """The most bytes that were alive at once of tensors made while it is active."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.now, self.peak = {}, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {_storage_id(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and not {_storage_id(x)} & (given | self.live.keys()):
-                storage = x.untyped_storage()
-                self.live[_storage_id(x)] = storage.nbytes()
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._drop, _storage_id(x))
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _drop(self, key):
-        self.now -= self.live.pop(key, 0)
-
-
-def _storage_id(x):
-    return x.untyped_storage()._cdata
-
-
 @pytest.fixture(scope="module")
 def real_sdxl():
     """Its shapes without weights."""
-    with torch.device("meta"):
+    with pretended(torch.float16):
         unet = UNet2DConditionModel(
             sample_size=128,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -379,31 +372,30 @@ def real_sdxl():
             attention_head_dim=(5, 10, 20),
             cross_attention_dim=2048,
             use_linear_projection=True,
-        ).half()
+        )
         linfusion.convert(unet)
     return unet.eval().requires_grad_(False)
 
 
-def peak_gb(unet, options, pixels=16384):
+def peak(unet, options, pixels=16384):
+    """GB on the GPU, GB on the host."""
     memory.apply(unet, options)
     side = pixels // 8
-    with torch.device("meta"), torch.no_grad(), LivePeak() as live:
-        unet(
-            torch.empty(1, 4, side, side, dtype=torch.float16),
-            torch.empty((), dtype=torch.int64),
-            torch.empty(1, 77, 2048, dtype=torch.float16),
-        )
+    inputs = [torch.empty(1, 4, side, side), torch.empty(()), torch.empty(1, 77, 2048)]
+    inputs = [x.to("meta", torch.float16) for x in inputs]
+    cost = simulate(lambda: unet(*inputs), CudaKernels())
     memory.remove(unet)
-    return live.peak / 1e9
+    return cost.peak_bytes / 1e9, cost.host_bytes / 1e9
 
 
-def test_chunks_let_sdxl_hold_little_more_than_its_skips_at_16384_px(real_sdxl):
-    plain = peak_gb(real_sdxl, MemoryOptions())
-    tokens = peak_gb(real_sdxl, MemoryOptions(token_chunks=16))
-    both = peak_gb(real_sdxl, MemoryOptions(token_chunks=16, row_chunks=16))
+def test_sdxl_at_16384_px_leaves_room_on_a_gpu_of_24_gb(real_sdxl):
+    plain, _ = peak(real_sdxl, MemoryOptions())
+    chunks, _ = peak(real_sdxl, MemoryOptions(token_chunks=16, row_chunks=16))
+    lean, host = peak(real_sdxl, MemoryOptions(token_chunks=16, row_chunks=16, skips_on_host=True))
     assert plain > 41  # a feed-forward's, beside the skips
-    assert tokens < 38  # now a residual block's
-    assert both < 20  # 8 GB skips, and input and output of the largest residual block
+    assert chunks < 21  # 8 GB skips, and input and output of the largest residual block
+    assert lean < 13.5  # and the weights are 6.0
+    assert 12 < host < 14
 
 
 def test_skips_leave_when_the_next_block_begins(pretend_gpu):

@@ -13,7 +13,8 @@ come before or after:
     token_chunks         transformers work through their tokens in that many chunks, over their
                          own input (transformer.py)
     row_chunks           residual blocks and up-sampling work through their rows in that many
-                         chunks; no tensor of 2^31 elements or more is made (engine.bands.chunks)
+                         chunks, and no convolution takes or makes 2^31 elements or more at once,
+                         where 32-bit indices end (engine.bands.chunks)
     inplace_activations  without chunks, activations and sums overwrite what they are made of
     skips_on_host        skip tensors wait in the host's memory (skips.py)
     sharded_weights      every rank keeps 1/N of the weights (weights.py)
