@@ -78,6 +78,14 @@ def test_ranks_share_the_peak(any_size):
     assert at_once["UNet"] == pytest.approx(85 / 8, rel=0.3)  # the whole output is gathered
 
 
+def test_two_layers_peak_as_ten_do(any_size):
+    job = settings(height=4096, width=4096)
+    whole = DryRun(sdxl(), torch.float16, NoWorkspace())
+    shallow = whole.shallow()
+    assert shallow.needs(job, 1).peak_bytes == pytest.approx(whole.needs(job, 1).peak_bytes, 1e-3)
+    assert shallow.weights(job, 1) == whole.weights(job, 1)
+
+
 def test_shared_weights(any_size):
     dry_run = DryRun(sdxl(), torch.float16, NoWorkspace())
     whole = dry_run.weights(settings(), 8)["UNet"]

@@ -10,8 +10,8 @@ both sides of guidance, `engine.codec` for pixels. Of all ranks, the one that ha
 
 import contextlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -109,7 +109,8 @@ class DryRun:
         self._kernels = kernels
         self._text_bytes = text_bytes
         # Jobs that differ in the codec alone have their UNet's parts in common, and so on.
-        self._known: dict[Any, list[Part]] = {}
+        self._known_steps: dict[Any, list[Part]] = {}
+        self._known_codecs: dict[Any, list[Part]] = {}
 
     @property
     def on_gpu(self) -> bool:
@@ -144,13 +145,21 @@ class DryRun:
             "text encoders": self._text_bytes,
         }
 
+    def shallow(self) -> "DryRun":
+        """The same with two layers in each transformer of the UNet: other costs, the same peaks.
+
+        Layers run one after the other, and the third needs no more memory than the second.
+        """
+        return _ShallowDryRun(self)
+
     def _rung(self, job: Job, rung: Rung, room_bytes: float) -> RungPlan:
         settings = job.settings
         codec, parts = self._codec_parts(job, rung, room_bytes)
         if rung.steps_run:
             key = (rung, job.ranks, settings.memory, settings.mesh, settings.ladder)
-            encoder, decoder = parts[:-1], parts[-1:]
-            parts = [*encoder, *self._once(key, lambda: unet_parts(job, rung)), *decoder]
+            if key not in self._known_steps:
+                self._known_steps[key] = unet_parts(job, rung)
+            parts = [*parts[:-1], *self._known_steps[key], *parts[-1:]]  # the decoder comes last
         groups = job.groups(rung)
         bands = split_rows(rung.height // 8, job.ranks // groups, job.row_multiple)
         return RungPlan(rung, [8 * len(band) for band in bands], groups, codec, parts)
@@ -160,7 +169,9 @@ class DryRun:
 
         def parts_by(mode: CodecMode) -> list[Part]:
             key = (rung, job.ranks, job.settings.codec, job.settings.ladder, mode)
-            return self._once(key, lambda: codec_parts(job, rung, mode))
+            if key not in self._known_codecs:
+                self._known_codecs[key] = codec_parts(job, rung, mode)
+            return self._known_codecs[key]
 
         asked = job.settings.codec.mode
         if asked != "auto":
@@ -170,11 +181,6 @@ class DryRun:
             if all(part.peak_bytes <= room_bytes for part in exact):
                 return "exact", exact
         return "streaming", parts_by("streaming")
-
-    def _once(self, key: Any, make: Callable[[], list[Part]]) -> list[Part]:
-        if key not in self._known:
-            self._known[key] = make()
-        return self._known[key]
 
     @cached_property
     def _networks(self) -> SimpleNamespace:
@@ -190,6 +196,28 @@ class DryRun:
         with pretended(torch.float32 if is_upcast else self._dtype):
             vae = AutoencoderKL.from_config(self._model.vae).eval()
         return SimpleNamespace(unet=unet, vae=vae, get_guidance_scale_embedding=_embedding)
+
+
+class _ShallowDryRun(DryRun):
+    def __init__(self, whole: DryRun) -> None:
+        super().__init__(_shallow(whole._model), whole._dtype, whole._kernels, 0, whole.limit_bytes)
+        self._whole = whole
+        self._known_codecs = whole._known_codecs
+
+    def weights(self, settings: Settings, ranks: int) -> dict[str, int]:
+        return self._whole.weights(settings, ranks)
+
+
+def _shallow(model: Description) -> Description:
+    """A model with two layers in each transformer, or one where it has no more."""
+    layers = model.unet.get("transformer_layers_per_block", 1)
+    fewer = [min(2, n) for n in layers] if isinstance(layers, list | tuple) else min(2, layers)
+    kept = re.compile(r".*transformer_blocks\.[01]\.")
+    modules = model.linear_modules and [
+        entry for entry in model.linear_modules if kept.match(entry["module_name"])
+    ]
+    unet = {**model.unet, "transformer_layers_per_block": fewer}
+    return replace(model, unet=unet, linear_modules=modules)
 
 
 def _embedding(scale: Tensor, embedding_dim: int) -> Tensor:

@@ -255,38 +255,45 @@ Passage = Callable[[Any, int, codec.Codec], Callable[[], object]]
 
 
 def _passage(job: Job, rung: Rung, mode: CodecMode, passage: Passage) -> Cost:
-    """The cost of a whole band, or along the line through those of two short ones."""
-    rows = rung.height // 8
-    if mode == "exact" or rows <= job.ranks * _LONG_BAND:
-        return _run(job, rung, mode, passage, rows)
-    short, longer = (job.ranks * band for band in _short_bands(job.settings.codec.chunk_rows))
-    low, high = (_run(job, rung, mode, passage, rows) for rows in (short, longer))
-    return _line(low, high, (rows - short) / (longer - short))
+    """The cost of a whole band; of a long stream, what short ones tell."""
+    rows, asked = rung.height // 8, codec.choose(job.settings.codec, mode)
+
+    def run(rows: int, codec_: codec.Codec) -> Cost:
+        return _run(job, rung, passage, rows, codec_)
+
+    if not isinstance(asked, codec.Streaming) or rows <= job.ranks * _LONG_BAND:
+        return run(rows, asked)
+    short, longer = (job.ranks * band for band in _short_bands(asked.chunk_rows))
+    once = replace(asked, passes=0)
+    low, high = run(short, once), run(longer, once)
+    whole = _line(low, high, (rows - short) / (longer - short))
+    if not asked.passes:
+        return whole
+    return _with_passes(whole, low, run(short, replace(asked, passes=1)), asked.passes)
 
 
 # Rows of a latent. From here on it is the stream that needs most memory, not the thinned picture
 # that it takes its statistics from.
-_LONG_BAND = 256
+_LONG_BAND = 128
 
 
 def _short_bands(chunk_rows: int) -> tuple[int, int]:
     """A few chunks, but more rows than a stream has for a margin, and a few more."""
-    chunks = max(5, -(-32 // chunk_rows))
-    return chunks * chunk_rows, (chunks + 5) * chunk_rows
+    chunks = max(4, -(-24 // chunk_rows))
+    return chunks * chunk_rows, (chunks + 4) * chunk_rows
 
 
-def _run(job: Job, rung: Rung, mode: CodecMode, passage: Passage, rows: int) -> Cost:
+def _run(job: Job, rung: Rung, passage: Passage, rows: int, codec_: codec.Codec) -> Cost:
     vae, traffic = job.networks.vae, Traffic()
     without_boundary(vae)
     if job.ranks > 1:
         mesh = PretendedMesh.of(job.ranks, rows)
         _band(vae, VAEBoundary, share_out(mesh, 1, ExactExchange, False, traffic))
-    chosen = codec.choose(job.settings.codec, mode)
-    if isinstance(chosen, codec.Streaming):
+    if isinstance(codec_, codec.Streaming):
         # It thins the picture out to every s-th row and column: the same s for fewer rows.
         share = max(8 * rows, rung.width) / max(rung.height, rung.width)
-        chosen = replace(chosen, statistics_px=max(64, math.ceil(chosen.statistics_px * share)))
-    return simulate(passage(vae, rows, chosen), job.kernels, traffic)
+        codec_ = replace(codec_, statistics_px=max(64, math.ceil(codec_.statistics_px * share)))
+    return simulate(passage(vae, rows, codec_), job.kernels, traffic)
 
 
 def _line(low: Cost, high: Cost, place: float) -> Cost:
@@ -301,6 +308,25 @@ def _line(low: Cost, high: Cost, place: float) -> Cost:
 
 
 _LINEAR = ("peak_bytes", "bytes_moved", "operations", "bytes_sent")
+
+
+def _with_passes(whole: Cost, short: Cost, measured: Cost, passes: int) -> Cost:
+    """`whole` with passes that measure, given a `short` stream without and with one of them."""
+
+    def longer(name: str) -> int:
+        least, most = getattr(short, name), getattr(measured, name)
+        return round(getattr(whole, name) * (1 + passes * (most - least) / max(least, 1)))
+
+    more = measured.flops.total() / max(short.flops.total(), 1) - 1
+    return replace(
+        whole,
+        peak_bytes=whole.peak_bytes + max(0, measured.peak_bytes - short.peak_bytes),
+        flops=Counter({kind: round(n * (1 + passes * more)) for kind, n in whole.flops.items()}),
+        bytes_moved=longer("bytes_moved"),
+        operations=longer("operations"),
+        bytes_sent=whole.bytes_sent + passes * (measured.bytes_sent - short.bytes_sent),
+        rounds=whole.rounds + passes * (measured.rounds - short.rounds),
+    )
 
 
 def _band(network: nn.Module, boundary: type[Boundary], layout: Layout) -> None:

@@ -71,13 +71,9 @@ def refusal(dry_run: DryRun, settings: Settings, needs: Needs) -> str | None:
         f"the {part.name} of the rung of {rung} px needs {gigabytes(part.peak_bytes)} on a rank, "
         f"besides {gigabytes(needs.weight_bytes)} of weights, and {gigabytes(limit_bytes)} are free"
     )
-    # The rungs that fit go on to fit: no remedy takes more.
-    only = {
-        rung.rung.index
-        for rung in needs.rungs
-        if needs.weight_bytes + rung.largest.peak_bytes > limit_bytes
-    }
-    search = _Search(dry_run, settings, needs.ranks, only)
+    # What fits on the rung that needs most fits on all: their parts grow alike with the picture,
+    # and where the codec is 'auto', what does not fit exactly is streamed.
+    search = _Search(dry_run.shallow(), settings, needs.ranks, {rung.index})
     return f"{wanting}: {search.advice()}"
 
 
@@ -96,8 +92,9 @@ class _Search:
         while remedy := self._next(untried, remedies, needs):
             untried.remove(remedy)
             tried = self._needs([*remedies, remedy], self.ranks)
-            if tried is None or (needs is not None and tried.peak_bytes >= needs.peak_bytes):
+            if tried is None:
                 continue
+            # Kept even if it saves nothing alone: the next one may uncover what it saves.
             remedies, needs = [*remedies, remedy], tried
             if needs.peak_bytes <= self.dry_run.limit_bytes:
                 return self._sentence(remedies, self.ranks, needs.peak_bytes)
