@@ -19,16 +19,25 @@ from engine.bands.resize import resize_rows
 _CHUNK_ROWS = 64  # whose change is held at a time
 
 
-def thumbnail(layout: Layout, pixels: Tensor, rows: range, height: int, side: int) -> Tensor:
+Size = tuple[int, int]
+"""height, width"""
+
+
+def thumbnail_size(size: Size, side: int) -> Size:
+    """Of a thumbnail whose longer side is `side`, of a picture of `size`."""
+    scale = side / max(size)
+    height, width = (max(1, round(length * scale)) for length in size)
+    return height, width
+
+
+def thumbnail(layout: Layout, pixels: Tensor, rows: range, height: int, small: Size) -> Tensor:
     """Means over areas of a picture of which each rank has its own rows: [1, 3, s, t].
 
     Args:
         pixels: [1, 3, h, W], its rows `rows` of `height`.
-        side: the longer of s and t.
+        small: (s, t)
     """
     width = pixels.shape[-1]
-    scale = side / max(height, width)
-    small = [max(1, round(length * scale)) for length in (height, width)]
     over_rows = _areas(height, small[0], rows).to(pixels)
     over_columns = _areas(width, small[1], range(width)).to(pixels)
     own = over_rows @ (pixels @ over_columns.transpose(0, 1))
@@ -39,9 +48,10 @@ def keep_colours(
     layout: Layout, pixels: Tensor, rows: range, height: int, wanted: Tensor
 ) -> Tensor:
     """Change `pixels`, in place, so that their thumbnail is about `wanted` [1, 3, s, t]."""
-    now = thumbnail(layout, pixels, rows, height, max(wanted.shape[-2:]))
     size = (height, pixels.shape[-1])
+    # Not as this picture's shape would have it: sides are rounded to 8 px, another way each rung.
     small = (wanted.shape[-2], wanted.shape[-1])
+    now = thumbnail(layout, pixels, rows, height, small)
     for top in range(rows.start, rows.stop, _CHUNK_ROWS):
         chunk = range(top, min(top + _CHUNK_ROWS, rows.stop))
         change = resize_rows(wanted.to(now) - now, small, size, chunk)

@@ -28,7 +28,7 @@ from engine import codec, ladder, memory, output
 from engine.bands import DisplacedExchange, ExactExchange, Exchange, Mesh, Traffic, max_bands
 from engine.bands.axes import Axes, choose_axes
 from engine.bands.boundary import downsampling_factor
-from engine.colours import keep_colours, thumbnail
+from engine.colours import keep_colours, thumbnail, thumbnail_size
 from engine.config import Settings, UserError
 from engine.diffusion import Conditions, Denoiser, encode
 from engine.ladder import Rung
@@ -226,11 +226,11 @@ class Engine:
             rows, pixels = self._own_rows(settings, below.height)
         else:
             rows, pixels = self._pixels(settings, state, below.height)
+        sizes = (below.height, below.width), (rung.height, rung.width)
         colours = None if state is None else state.colours
         if settings.ladder.keep_colours and colours is None:
-            side = settings.ladder.keep_colours
-            colours = thumbnail(codec.layout_of(vae), pixels, rows, below.height, side)
-        sizes = (below.height, below.width), (rung.height, rung.width)
+            small = thumbnail_size(sizes[0], settings.ladder.keep_colours)
+            colours = thumbnail(codec.layout_of(vae), pixels, rows, below.height, small)
         _, pixels = codec.resize(vae, pixels, *sizes)
         by = self._codec(settings, rung.index)
         latent = codec.encode(vae, pixels.clamp_(-1, 1), rung.height, by)
