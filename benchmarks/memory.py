@@ -13,7 +13,8 @@ Printed for each setting of `engine.memory`:
                    SDXL's and a quarter as wide, at `--px` in fp32 on the CPU: each setting in a
                    process of its own, which has done a small forward before
     of plain       that, relative to the plain UNet
-    time           seconds of the forward relative to the plain UNet's: the fastest of `--repeats`
+    CPU time       of the forward relative to the plain UNet's, the least of `--repeats`:
+                   unlike seconds, it hardly depends on what else the machine does
 
 Skips go to the host from a GPU only, so they are counted and not measured. The table is followed by
 one line of JSON.
@@ -121,7 +122,7 @@ def count(model: str, px: int) -> dict[str, dict[str, float]]:
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """The peak growth and the seconds of a forward, from a process of its own."""
+    """The peak growth and the CPU seconds of a forward, from a process of its own."""
     flags = [f"--{flag}={getattr(options, flag)}" for flag in ("px", "repeats", "threads")]
     command = [sys.executable, __file__, "--only", name, *flags]
     # Freed tensors go back to the system at once, whatever their size.
@@ -140,13 +141,13 @@ def measure_here(name: str, options: argparse.Namespace) -> dict[str, float]:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before_mb = resident_mb("VmRSS")
         seconds = [timed(unet, options.px) for _ in range(options.repeats)]
-    return {"grown_mb": resident_mb("VmHWM") - before_mb, "seconds": min(seconds)}
+    return {"grown_mb": resident_mb("VmHWM") - before_mb, "cpu_seconds": min(seconds)}
 
 
 def timed(unet: UNet2DConditionModel, px: int) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     forward(unet, px)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def resident_mb(field: str) -> float:
@@ -178,7 +179,7 @@ def print_table(table: list[dict], options: argparse.Namespace) -> None:
     print(f"Counted at {options.real_px} px, measured at {options.px} px\n")
     print(
         f"{'setting':<28}{'SDXL':>7}{'host':>7}{'SD-1.5':>8}{'host':>7}"
-        f"{'measured':>10}{'of plain':>10}{'time':>7}"
+        f"{'measured':>10}{'of plain':>10}{'CPU time':>10}"
     )
     plain = table[0]["measured"]
     for row in table:
@@ -187,8 +188,8 @@ def print_table(table: list[dict], options: argparse.Namespace) -> None:
             peaks = row[model]
             text += f"{peaks['device_gb']:>{width}.1f}{peaks['host_gb']:>7.1f}"
         if measured := row["measured"]:
-            share, slower = (measured[key] / plain[key] for key in ("grown_mb", "seconds"))
-            text += f"{measured['grown_mb']:>10.0f}{share:>10.2f}{slower:>7.2f}"
+            share, slower = (measured[key] / plain[key] for key in ("grown_mb", "cpu_seconds"))
+            text += f"{measured['grown_mb']:>10.0f}{share:>10.2f}{slower:>10.2f}"
         print(text)
 
 
