@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-long lint clean
 
 # Paint the configs/demo.yaml landscape: one rank a GPU, or two ranks that share the cores.
 demo: $(READY)
@@ -14,7 +14,11 @@ demo: $(READY)
 	    -m engine.generate --config configs/demo.yaml
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not long"
+
+# Whole ladders, on several ranks and at the sizes that are shipped.
+test-long: $(READY)
+	$(BIN)/python -m pytest -m long
 
 lint: $(READY)
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure

@@ -18,7 +18,7 @@ def test_every_file_works(file):
     assert Settings.load(["--config", str(file)]).output.stem == file.stem
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "model", "ranks", "sizes"),
     [

@@ -382,7 +382,7 @@ def one_process(family):
         return ladder_latents(mesh, family)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "ranks", "in_turn"), [("sd15", 2, True), ("sd15", 3, False), ("sdxl", 3, False)]
 )

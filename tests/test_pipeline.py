@@ -1,15 +1,18 @@
 """The Python API from settings to pixels: ladders in bands, pictures to start from, refusals."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from engine.bands import open_mesh
-from engine.config import MemorySettings, Settings, UserError
+from engine.config import LadderSettings, MemorySettings, Settings, UserError
 from engine.pipeline import Engine
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, torchrun
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 LADDER = {"strategy": "demofusion", "strengths": [0.4], "steps": [5], "guidance_scale": 2.0}
 DEMO = {"prompt": "mountains above a lake at sunset", "seed": 2, "steps": 8, "device": "cpu"}
 
@@ -33,7 +36,7 @@ def in_one_process(asked):
         return pixels(mesh, asked)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("codec", "rank_counts"), [("exact", (2, 3)), ("streaming", (3,))])
 def test_any_number_of_ranks_climbs_to_the_same_picture(codec, rank_counts):
     # Three rungs, the dilated branch on both upper ones, bands that are uneven.
@@ -61,7 +64,7 @@ def fine_detail(picture):
     ].sum()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["sdedit", "demofusion", "wavelet"])
 def test_a_rung_keeps_the_picture_and_adds_detail(strategy):
     base = in_one_process(settings(256, 384))
@@ -73,6 +76,26 @@ def test_a_rung_keeps_the_picture_and_adds_detail(strategy):
         Image.fromarray(base.round().astype(np.uint8)).resize((768, 512), Image.Resampling.BICUBIC)
     )
     assert fine_detail(climbed) > 2 * fine_detail(enlarged)
+
+
+@pytest.mark.long
+def test_the_shipped_2048_px_landscape(tmp_path):
+    file, path = CONFIGS / "demo_2048.yaml", tmp_path / "landscape.png"
+    asked = Settings.load(["--config", str(file)])
+    code, out, err = torchrun(2, "-m", "engine.generate", "--config", file, "--output", path)
+    assert code == 0, err
+    assert "2048x1368 px" in out
+    with Image.open(path) as picture:
+        climbed = np.asarray(picture)
+        small = np.asarray(picture.resize((384, 256), Image.Resampling.BOX), dtype=float)
+    base = in_one_process(
+        asked.model_copy(update={"height": 256, "width": 384, "ladder": LadderSettings()})
+    )
+    assert np.corrcoef(small.ravel(), base.ravel())[0, 1] > 0.9
+    enlarged = Image.fromarray(base.round().astype(np.uint8)).resize(
+        (2048, 1368), Image.Resampling.BICUBIC
+    )
+    assert fine_detail(climbed.astype(float)) > 2 * fine_detail(np.asarray(enlarged, dtype=float))
 
 
 def test_a_picture_of_ones_own_is_upscaled(tmp_path):
