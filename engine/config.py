@@ -348,6 +348,15 @@ class Settings(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _no_displaced_branches(self) -> Self:
+        if self.ladder.strategy == "demofusion" and self.mesh.synchronisation == "displaced":
+            raise ValueError(
+                "mesh.synchronisation displaced would hand one branch of demofusion what the other "
+                "one sent: choose exact, or ladder.strategy sdedit or wavelet"
+            )
+        return self
+
     @classmethod
     def load(cls, argv: Sequence[str] | None = None) -> Self:
         """The settings of a command line (default: sys.argv[1:]) and of the `--config` file in it.

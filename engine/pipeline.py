@@ -85,7 +85,7 @@ class Engine:
         self.pipe = pipe
         self.mesh = mesh
         self._settings = settings
-        self._plans = {} if plan is None or settings is None else {settings: plan}
+        self._plans = {} if plan is None or settings is None else {_planned(settings): plan}
         self._exchange = exchange
         layout = distribute(pipe, mesh, groups=groups, exchange=exchange)
         self._layouts = {groups: layout}
@@ -250,17 +250,17 @@ class Engine:
         """What goes from latents of that rung to pixels and back; "auto" is as the plan says."""
         if settings.codec.mode != "auto":
             return codec.choose(settings.codec, settings.codec.mode)
-        if settings not in self._plans:
+        if (job := _planned(settings)) not in self._plans:
             model = Description.of(self.pipe)
-            self._plans[settings] = make_plan(settings, self.mesh, model, loaded=True, timed=False)
-            self._plans[settings].check()
-        return codec.choose(settings.codec, self._plans[settings].codecs[rung])
+            self._plans[job] = make_plan(settings, self.mesh, model, loaded=True, timed=False)
+            self._plans[job].check()
+        return codec.choose(settings.codec, self._plans[job].codecs[rung])
 
     def _codecs_used(self, settings: Settings) -> dict[str, list[str]]:
         """What "auto" came to, rung by rung: it depends on how much memory there was."""
         if settings.codec.mode != "auto":
             return {}
-        codecs = self._plans[settings].codecs
+        codecs = self._plans[_planned(settings)].codecs
         return {"codecs": [codecs[rung] for rung in sorted(codecs)]}
 
     def _climb(
@@ -377,6 +377,12 @@ def _plan(
 ) -> Plan:
     mesh.agree(lambda: _check(settings, mesh.size, model))
     return make_plan(settings, mesh, model, loaded=loaded, timed=timed)
+
+
+def _planned(settings: Settings) -> Settings:
+    """`settings` but for what changes no plan: pictures of one size and ladder share theirs."""
+    same = {"prompt": "", "negative_prompt": "", "seed": 0, "output": Path(), "plan": False}
+    return settings.model_copy(update=same)
 
 
 def _memory_options(settings: Settings) -> memory.MemoryOptions:

@@ -324,6 +324,12 @@ def test_ladders_that_do_not_work(ladder: str, sentence: str) -> None:
     assert yaml_refusal(f"ladder: {ladder}").startswith(f"x.yaml: {sentence}")
 
 
+def test_branches_that_would_take_each_others_messages_are_refused() -> None:
+    flags = ["--ladder.strategy=demofusion", "--mesh.synchronisation=displaced"]
+    assert "mesh.synchronisation displaced would hand one branch" in refusal(*flags)
+    assert Settings.load(["--ladder.strategy=sdedit", flags[1]]).ladder.strategy == "sdedit"
+
+
 def test_a_flag_that_says_yes() -> None:
     assert Settings.load(["--plan"]).plan
     assert Settings.load(["--plan", "--seed", "2"]).plan

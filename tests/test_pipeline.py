@@ -1,6 +1,7 @@
 """The Python API from settings to pixels: ladders in bands, pictures to start from, refusals."""
 
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -157,6 +158,9 @@ def test_the_same_engine_paints_other_sizes():
         engine = Engine.load(asked, mesh)
         again = settings(64, 64, "auto")
         assert engine.paint(again)[1].shape == (1, 3, 64, 64)
+        other_prompt = again.model_copy(update={"prompt": "a desert", "seed": 9})
+        with mock.patch("engine.pipeline.make_plan", side_effect=AssertionError("planned again")):
+            assert engine.paint(other_prompt)[1].shape == (1, 3, 64, 64)
         assert torch.equal(engine.paint(asked)[1], engine.paint(asked)[1])
 
 
