@@ -243,7 +243,7 @@ class Engine:
         layout = codec.layout_of(vae)
         rows = layout.own(layout.bands(height, 8))
         picture = self.mesh.agree(lambda: read_picture(path))
-        pixels = torch.from_numpy(picture[rows.start : rows.stop]).to(vae.device, vae.dtype)
+        pixels = torch.tensor(picture[rows.start : rows.stop], device=vae.device, dtype=vae.dtype)
         return rows, (pixels / 127.5 - 1).permute(2, 0, 1)[None]
 
     def _codec(self, settings: Settings, rung: int) -> codec.Codec:
