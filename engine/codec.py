@@ -442,14 +442,27 @@ def _latent_moments(vae: AutoencoderKL, like: Tensor) -> tuple[Tensor, Tensor] |
 _CHUNK_ROWS = 64
 
 
-def to_uint8(pixels: Tensor) -> Tensor:
-    """[B, 3, h, W] in -1 ... 1 -> [B, h, W, 3] in 0 ... 255, rounded to nearest.
+def to_samples(pixels: Tensor, sample: str) -> Tensor:
+    """Pixels as a file takes them: [B, 3, h, W] in -1 ... 1 -> [B, h, W, 3].
 
     Rows by rows, since at 16384 px each step on the way would be as large as the picture in floats.
+
+    Args:
+        sample: "uint8" or "uint16", rounded to nearest, or "float16" in linear light, 0 ... 1.
     """
     batch, channels, height, width = pixels.shape
-    levels = pixels.new_empty(batch, height, width, channels, dtype=torch.uint8)
+    samples = pixels.new_empty(batch, height, width, channels, dtype=getattr(torch, sample))
     for top in range(0, height, _CHUNK_ROWS):
         rows = pixels[:, :, top : top + _CHUNK_ROWS].float().permute(0, 2, 3, 1)
-        levels[:, top : top + _CHUNK_ROWS] = (rows / 2 + 0.5).clamp_(0, 1).mul_(255).round_()
-    return levels
+        rows = (rows / 2 + 0.5).clamp_(0, 1)
+        if sample == "float16":
+            rows = _to_linear(rows)
+        else:
+            rows = rows.mul_(torch.iinfo(samples.dtype).max).round_()
+        samples[:, top : top + _CHUNK_ROWS] = rows
+    return samples
+
+
+def _to_linear(rows: Tensor) -> Tensor:
+    """Light, from what sRGB's transfer function makes of it (IEC 61966-2-1)."""
+    return torch.where(rows <= 0.04045, rows / 12.92, ((rows + 0.055) / 1.055) ** 2.4)

@@ -7,7 +7,8 @@ This is the lowest floor: it imports neither torch nor diffusers, so that a mist
 help is printed at once.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -24,6 +25,7 @@ from engine.parsing import UserError, parse
 
 __all__ = [
     "CodecSettings",
+    "FileSettings",
     "LadderSettings",
     "MemorySettings",
     "MeshSettings",
@@ -63,6 +65,14 @@ def _split_commas(value: object) -> object:
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+def _sha256(value: str) -> str:
+    if value == "any" or re.fullmatch(r"[0-9a-f]{64}", value):
+        return value
+    raise ValueError(f"{value!r} is no SHA-256; write its 64 digits in lower case, or any")
+
+
+Sha256 = Annotated[str, AfterValidator(_sha256)]
+
 Wholes = Annotated[tuple[Annotated[Whole, Field(ge=1)], ...], BeforeValidator(_split_commas)]
 Reals = Annotated[tuple[Real, ...], BeforeValidator(_split_commas)]
 
@@ -86,7 +96,8 @@ class Group(BaseModel):
 
     def effective(self) -> dict[str, Any]:
         """What has an effect, for a picture's metadata. JSON-able."""
-        return self.model_dump(mode="json", exclude=set(self.idle()), exclude_none=True)
+        facts = self.model_dump(mode="json", exclude=set(self.idle()), exclude_none=True)
+        return {name: value for name, value in facts.items() if value != []}
 
 
 class MeshSettings(Group):
@@ -237,11 +248,22 @@ class CodecSettings(Group):
     chunk_rows: Whole = Field(
         default=8, ge=1, description="Latent rows that pass through a streaming codec at a time."
     )
+    rungs: Annotated[tuple[Literal["exact", "streaming"], ...], BeforeValidator(_split_commas)] = (
+        Field(
+            default=(),
+            description="What 'auto' means on each rung, as a finished picture says it.",
+        )
+    )
+
+    def asked(self, rung: int) -> Literal["auto", "exact", "streaming"]:
+        """The mode of a rung, by its index; the last one named goes on for the others."""
+        return self.rungs[min(rung, len(self.rungs) - 1)] if self.rungs else self.mode
 
     def idle(self) -> dict[str, str]:
         streams = "codec.mode streaming or auto"
         idle = ("statistics_px", "passes", "chunk_rows") if self.mode == "exact" else ()
-        return dict.fromkeys(idle, streams)
+        only_auto = {} if self.mode == "auto" else {"rungs": "codec.mode auto"}
+        return dict.fromkeys(idle, streams) | only_auto
 
 
 class MemorySettings(Group):
@@ -270,6 +292,28 @@ class MemorySettings(Group):
     )
     limit_gb: Annotated[Real, Field(gt=0)] | None = Field(
         default=None, description="GB (10^9 bytes) that a rank may use; by default what is there."
+    )
+
+
+class FileSettings(Group):
+    """How the picture is written; the suffix of `output` chooses the format."""
+
+    bits: Annotated[Literal["auto", "8", "16"], BeforeValidator(_spell_whole)] = Field(
+        default="auto",
+        description="Bits of a number: 8 or 16 in .png and .tif, 16 (half float) in .exr, 8 in "
+        "others; 'auto' is 8 where there is a choice.",
+    )
+    quality: Whole = Field(
+        default=90, ge=1, le=100, description="Of .jpg and .webp files and of the tiles of a .dzi."
+    )
+    tiles: Literal["jpg", "png"] = Field(
+        default="jpg", description="Format of the tiles of a .dzi; png keeps every bit."
+    )
+    pyramid: bool = Field(
+        default=False, description="Smaller copies of the picture in a .tif, for viewers."
+    )
+    compression: Literal["piz", "zip"] = Field(
+        default="piz", description="Of an .exr: piz is smaller on grain, zip on what is smooth."
     )
 
 
@@ -306,9 +350,18 @@ class Settings(BaseModel):
         description="LinFusion modules: 'auto' (those that fit the model), 'none' (softmax "
         "attention), a folder, or a hub id.",
     )
+    model_sha256: Sha256 = Field(
+        default="any",
+        description="Hash of the model's weights as a finished picture names it; others are "
+        "refused.",
+    )
+    linfusion_sha256: Sha256 = Field(
+        default="any", description="The same for the LinFusion modules."
+    )
     output: Path = Field(
         default=Path("outputs/picture.png"),
-        description="The file to write; its suffix chooses the format.",
+        description="The file to write; its suffix chooses the format: .png, .tif, .exr, .dzi (to "
+        "look at in a browser), .jpg or .webp.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Where to compute; 'auto' takes the GPUs where there are any."
@@ -328,6 +381,7 @@ class Settings(BaseModel):
     memory: MemorySettings = Field(
         default=MemorySettings(), description="How to live in little memory."
     )
+    file: FileSettings = Field(default=FileSettings(), description="How the picture is written.")
     plan: bool = Field(
         default=False,
         description="Only say what it would take: rows, memory, bytes, disk, and time.",
@@ -358,18 +412,25 @@ class Settings(BaseModel):
         return self
 
     @classmethod
-    def load(cls, argv: Sequence[str] | None = None) -> Self:
+    def load(
+        cls,
+        argv: Sequence[str] | None = None,
+        read: Callable[[Path], dict[str, Any]] | None = None,
+    ) -> Self:
         """The settings of a command line (default: sys.argv[1:]) and of the `--config` file in it.
 
-        Raises UserError for every mistake. `--help` prints help and raises SystemExit(0).
+        `read` is how the file is read, by default as YAML. Raises UserError for every mistake.
+        `--help` prints help and raises SystemExit(0).
         """
-        return parse(cls, argv)
+        return parse(cls, argv, read)
 
     def provenance(self) -> dict[str, Any]:
         """Everything that determines the picture, for the picture's metadata. JSON-able."""
         elsewhere = {"output", "device", "timeout_s", "mesh", "memory", "plan", "codec", "ladder"}
+        elsewhere |= {"file", "model_sha256", "linfusion_sha256"}
         facts = self.model_dump(mode="json", exclude=elsewhere)
         facts |= {"codec": self.codec.effective(), "ladder": self.ladder.effective()}
         if self.mesh.synchronisation != "exact":
-            facts |= self.mesh.model_dump(mode="json", include={"synchronisation", "warmup_steps"})
+            stale = {"synchronisation", "warmup_steps"}
+            facts |= {"mesh": self.mesh.model_dump(mode="json", include=stale)}
         return facts

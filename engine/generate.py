@@ -2,6 +2,7 @@
 
     torchrun --nproc_per_node 8 -m engine.generate --prompt "a lake at dawn" --output lake.png
     python -m engine.generate --config configs/demo.yaml --seed 7
+    python -m engine.generate --config outputs/demo.png
     torchrun --nproc_per_node 8 -m engine.generate --config configs/sdxl_16k.yaml --plan
 
 Every setting is a flag and a key of the YAML file (`--help` lists them; `engine.config` has them).
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from engine.bands import Mesh, is_first_process, open_mesh
 from engine.config import Settings, UserError
+from engine.provenance import read_config
 
 if TYPE_CHECKING:
     from engine.pipeline import Picture
@@ -82,7 +84,7 @@ def _read_settings(argv: Sequence[str] | None) -> tuple[Settings, UserError | No
     )
     with quiet:  # --help is printed once
         try:
-            return Settings.load(argv), None
+            return Settings.load(argv, read_config), None
         except UserError as error:
             return Settings(), error
 

@@ -12,7 +12,6 @@ import math
 import shutil
 import socket
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.bands import Mesh
+from engine.output import deflate
 from engine.simulation import Cost, CpuKernels, CudaKernels, Kernels
 
 
@@ -221,11 +221,11 @@ def _pass(mesh: Mesh, dtype: torch.dtype, size: int) -> Trial:
 
 
 def _deflate(size: int) -> Trial:
-    # As `engine.output.png` does it. Noise of 5 bits: a picture's filtered rows deflate about so.
+    # As `engine.output` does it. Noise of 5 bits: a picture's filtered rows deflate about so.
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(32, (_PIXELS * size,), dtype=torch.uint8, generator=generator)
     raw = noise.numpy().tobytes()
-    return lambda: zlib.compress(raw, 1), float(len(raw))
+    return lambda: deflate.compress(raw), float(len(raw))
 
 
 def _start(mesh: Mesh, size: int) -> Trial:

@@ -206,6 +206,14 @@ def linearize(pipe: DiffusionPipeline, checkpoint: str | Path = "auto") -> None:
     load(pipe.unet, find_checkpoint(str(checkpoint), model, pipe.unet.config.cross_attention_dim))
 
 
+def name_checkpoint(checkpoint: str, model: str, cross_attention_dim: int) -> str:
+    """What `checkpoint` means where it is "auto": a folder beside the model, or a hub id."""
+    if checkpoint != "auto":
+        return checkpoint
+    beside = Path(model) / "linfusion"
+    return str(beside) if beside.is_dir() else published_for(cross_attention_dim)
+
+
 def find_checkpoint(checkpoint: str, model: str, cross_attention_dim: int) -> Path:
     """The folder of LinFusion modules that `checkpoint` means; see `linearize`.
 
@@ -216,11 +224,7 @@ def find_checkpoint(checkpoint: str, model: str, cross_attention_dim: int) -> Pa
     Raises:
         UserError: there are no such modules.
     """
-    if checkpoint == "auto":
-        beside = Path(model) / "linfusion"
-        if beside.is_dir():
-            return beside
-        checkpoint = published_for(cross_attention_dim)
+    checkpoint = name_checkpoint(checkpoint, model, cross_attention_dim)
     if Path(checkpoint).is_dir():
         return Path(checkpoint)
     try:

@@ -23,12 +23,13 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from huggingface_hub import snapshot_download
 from PIL import ExifTags, Image, ImageOps
 from safetensors import SafetensorError, safe_open
 
 from engine.config import UserError
 from engine.demo import WEIGHTS
-from engine.linfusion import find_checkpoint, linearize, list_modules, read_config
+from engine.linfusion import find_checkpoint, linearize, list_modules, name_checkpoint, read_config
 
 _PAINTERS = (StableDiffusionPipeline.__name__, StableDiffusionXLPipeline.__name__)
 
@@ -110,6 +111,41 @@ def count_text_parameters(model: str) -> int:
     except (OSError, ValueError) as error:
         raise _unreadable(model, error) from error
     return count
+
+
+def name_linfusion(model: str, linfusion: str, description: "Description") -> str:
+    """The folder or the hub id of LinFusion modules that `linfusion` means, or "none"."""
+    width = description.unet["cross_attention_dim"]
+    return name_checkpoint(linfusion, _model_source(model), width)
+
+
+def weight_files(model: str) -> dict[str, Path]:
+    """The files that a model's weights come from, by their names in its folder.
+
+    Args:
+        model: "demo", a diffusers folder, a folder of LinFusion modules, a `.safetensors` file, or
+            a hub id, of which nothing is known before it is in the cache.
+    """
+    if Path(model).suffix == ".safetensors":
+        return {Path(model).name: Path(model)}
+    source = Path(_model_source(model))
+    if not source.is_dir():
+        try:
+            source = Path(snapshot_download(model, local_files_only=True))
+        except (OSError, ValueError):
+            return {}
+    index = DiffusionPipeline.load_config(source) if (source / "model_index.json").exists() else {}
+    parts = [source / name for name in index if (source / name).is_dir()] or [source]
+    files = [file for part in parts for file in _weights_in(part)]
+    return {file.relative_to(source).as_posix(): file for file in files}
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    """As diffusers chooses: safetensors if there are any, and no variants such as fp16's."""
+    for kind in ("*.safetensors", "*.bin"):
+        if found := [file for file in folder.glob(kind) if "." not in file.stem]:
+            return found
+    return []
 
 
 def _require_painter(model: str, index: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ Several numbers are a YAML list, or on the command line words with commas: `--la
 """
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field, make_dataclass
 from pathlib import Path
 from types import UnionType
@@ -31,15 +31,20 @@ class UserError(ValueError):
     """A user's mistake: one sentence that says what is wrong and what would work."""
 
 
-def parse(model: type[M], argv: Sequence[str] | None = None) -> M:
+def parse(
+    model: type[M],
+    argv: Sequence[str] | None = None,
+    read: Callable[[Path], dict[str, Any]] | None = None,
+) -> M:
     """The settings of a command line (default: sys.argv[1:]) and of the `--config` file in it.
 
-    Raises UserError for every mistake. `--help` prints help and raises SystemExit(0).
+    `read` is how the file is read, by default as YAML. Raises UserError for every mistake.
+    `--help` prints help and raises SystemExit(0).
     """
     flags = _read_flags(model, argv)
     file = flags.pop((_CONFIG,), None)
     flags.pop((_LOCAL_RANK,), None)
-    values = {} if file is None else _read_yaml(Path(file))
+    values = {} if file is None else (read or read_yaml)(Path(file))
     for keys, value in flags.items():
         _put(values, keys, value)
     try:
@@ -99,7 +104,11 @@ def _words_type(model: type[BaseModel], **extra: Any) -> type:
 
 
 def _flags_that_are_no_settings() -> dict[str, Any]:
-    config = _words("FILE.yaml", "Settings to start from; flags win over the file.", "(optional)")
+    config = _words(
+        "FILE.yaml",
+        "Settings to start from; flags win over the file. A finished picture will do too.",
+        "(optional)",
+    )
     local_rank = _words("INT", "Accepted and ignored, since some launchers add it.", "")
     return {
         _CONFIG: (config, field(default=None)),
@@ -182,7 +191,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The settings in a YAML file. Raises UserError if it cannot be read or is none."""
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:

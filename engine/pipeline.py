@@ -5,39 +5,48 @@
         picture = engine.generate(settings)
 
 A latent's way through the house: `latent` runs the diffusers pipeline, whose UNet works on bands
-(`engine.distribute`); `engine.codec` decodes each rank's rows; `engine.output` has each rank
-compress its own rows, and one of them joins the parts. No rank ever holds the whole picture.
+(`engine.distribute`); `engine.codec` decodes each rank's rows; by `engine.saving` each rank
+compresses its own rows, and one of them joins the parts. No rank ever holds the whole picture.
 """
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import engine
-from engine import codec, ladder, memory, output
+from engine import codec, ladder, memory, output, provenance
 from engine.bands import DisplacedExchange, ExactExchange, Exchange, Mesh, Traffic, max_bands
 from engine.bands.axes import Axes, choose_axes
 from engine.bands.boundary import downsampling_factor
 from engine.colours import keep_colours, thumbnail, thumbnail_size
-from engine.config import Settings, UserError
+from engine.config import Group, Settings, UserError
 from engine.diffusion import Conditions, Denoiser, encode
 from engine.ladder import Rung
-from engine.loading import Description, describe, load, picture_size, read_picture
+from engine.loading import (
+    Description,
+    describe,
+    load,
+    name_linfusion,
+    picture_size,
+    read_picture,
+    weight_files,
+)
+from engine.output.seams import Seams
 from engine.parallel import PipelineBoundary, distribute, lay_out, require_same_versions, share_out
 from engine.plan import Plan, dtype_of, make_plan
 from engine.progress import progress_bar
-
-T = TypeVar("T")
+from engine.saving import save
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +94,9 @@ class Engine:
         self.pipe = pipe
         self.mesh = mesh
         self._settings = settings
+        # Nobody else writes what is known about the picture.
+        named = _named_weights(settings, Description.of(pipe)) if settings and not mesh.rank else {}
+        self._hashes = provenance.Hashes({kind: weight_files(name) for kind, name in named.items()})
         self._plans = {} if plan is None or settings is None else {_planned(settings): plan}
         self._exchange = exchange
         layout = distribute(pipe, mesh, groups=groups, exchange=exchange)
@@ -105,16 +117,20 @@ class Engine:
         """
         mesh = _on_device(settings, mesh)
         axes = _choose_axes(settings, mesh.size)
+        mesh.agree(lambda: _check_output(settings))
         mesh.agree(lambda: output.check_destination(settings.output))
         model = mesh.agree(lambda: describe(settings.model, settings.linfusion))
         plan = _plan(settings, mesh, model) if model else None
         if plan:
             plan.check()
+        # Of a model that is not here yet, weights are looked at when the hub has sent them.
+        unseen = mesh.agree(lambda: _require_hashes(settings, model, ["model", "linfusion"]))
         if mesh.rank == 0 and mesh.size > 1:
             logger.info("%d ranks on %s as %s", mesh.size, mesh.device.type, axes)
         pipe = mesh.agree(
             lambda: load(settings.model, settings.linfusion, dtype=dtype_of(settings, mesh.device))
         )
+        mesh.agree(lambda: _require_hashes(settings, Description.of(pipe), unseen))
         if plan is None:  # of a single file, nothing is known before
             plan = _plan(settings, mesh, Description.of(pipe), loaded=True)
             plan.check()
@@ -127,16 +143,19 @@ class Engine:
             UserError: the picture cannot be split over this many ranks or not be written.
         """
         self._require_loaded(settings)
+        self.mesh.agree(lambda: _check_output(settings))
         start, sent_before = time.perf_counter(), self.traffic.megabytes
-        rows, pixels = self.paint(settings)
-        self._write(settings, rows, codec.to_uint8(pixels)[0])
+        for_the_file = Traffic()
+        seams = self._write(settings, *self._samples(settings), for_the_file)
+        if seams is not None and self.mesh.rank == 0:
+            logger.log(logging.WARNING if seams.visible else logging.INFO, "%s", seams)
         return Picture(
             path=settings.output,
             height=settings.height,
             width=settings.width,
             seconds=time.perf_counter() - start,
             ranks=self.mesh.size,
-            megabytes_sent=self.traffic.megabytes - sent_before,
+            megabytes_sent=self.traffic.megabytes - sent_before + for_the_file.megabytes,
         )
 
     def _require_loaded(self, settings: Settings) -> None:
@@ -146,6 +165,12 @@ class Engine:
         for name in ("model", "linfusion", "dtype", "device", "mesh", "memory"):
             if getattr(settings, name) != getattr(self._settings, name):
                 raise UserError(f"{name} differs from what was loaded: load another Engine for it")
+
+    def _samples(self, settings: Settings) -> tuple[range, np.ndarray]:
+        """This rank's rows of the finished picture as the file takes them, [h, W, 3]."""
+        rows, pixels = self.paint(settings)
+        sample = output.sample_of(settings.output, settings.file)
+        return rows, codec.to_samples(pixels, sample)[0].cpu().numpy()
 
     @torch.no_grad()
     def paint(self, settings: Settings) -> tuple[range, Tensor]:
@@ -248,20 +273,18 @@ class Engine:
 
     def _codec(self, settings: Settings, rung: int) -> codec.Codec:
         """What goes from latents of that rung to pixels and back; "auto" is as the plan says."""
-        if settings.codec.mode != "auto":
-            return codec.choose(settings.codec, settings.codec.mode)
+        if (asked := settings.codec.asked(rung)) != "auto":
+            return codec.choose(settings.codec, asked)
         if (job := _planned(settings)) not in self._plans:
             model = Description.of(self.pipe)
             self._plans[job] = make_plan(settings, self.mesh, model, loaded=True, timed=False)
             self._plans[job].check()
         return codec.choose(settings.codec, self._plans[job].codecs[rung])
 
-    def _codecs_used(self, settings: Settings) -> dict[str, list[str]]:
-        """What "auto" came to, rung by rung: it depends on how much memory there was."""
-        if settings.codec.mode != "auto":
-            return {}
+    def _codecs_used(self, settings: Settings) -> list[str]:
+        """What the codec of each rung came to: "auto" depends on how much memory there was."""
         codecs = self._plans[_planned(settings)].codecs
-        return {"codecs": [codecs[rung] for rung in sorted(codecs)]}
+        return [codecs[rung] for rung in sorted(codecs)]
 
     def _climb(
         self,
@@ -296,45 +319,57 @@ class Engine:
         lay_out(self.pipe, self._layouts[groups])
         self.pipe.forget()
 
-    def _write(self, settings: Settings, rows: range, band: Tensor) -> None:
-        """Each rank compresses its own `band` [h, W, 3]; rank 0 joins the parts and renames."""
-        path, mesh = settings.output, self.mesh
-        writer = output.writer_for(path)
-        size = {"height": settings.height, "width": settings.width}
-        metadata = self._metadata(settings)
+    def _write(
+        self, settings: Settings, rows: range, pixels: np.ndarray, traffic: Traffic
+    ) -> Seams | None:
+        """Each rank compresses its own rows [h, W, 3]; rank 0 joins the parts and renames."""
+        target = output.Target(
+            settings.output, settings.height, settings.width, str(pixels.dtype), settings.file
+        )
 
-        def agree(action: Callable[[], T]) -> T:
-            return mesh.agree(lambda: _report_disk_errors(path, action))
+        def describe(seams: Seams | None) -> output.Metadata:
+            facts = {
+                "engine": engine.__version__,
+                "settings": self._repeatable(settings),
+                "run": self._circumstances(settings, seams),
+            }
+            return {"prompt": settings.prompt, provenance.KEY: facts}
 
-        # Whatever fails, on whichever rank: leaving the stack removes this rank's part.
-        with contextlib.ExitStack() as parts:
-            part = agree(
-                lambda: parts.enter_context(writer(path, **size, rows=rows, index=mesh.rank))
-            )
-            agree(lambda: part.write(band.cpu().numpy()))
-            summaries = mesh.gather_objects(agree(part.close))
-            agree(lambda: writer.assemble(path, summaries, metadata) if mesh.rank == 0 else None)
+        return save(target, self.mesh, traffic, rows, pixels, describe)
 
-    def _metadata(self, settings: Settings) -> dict[str, str]:
-        """Where the picture came from, to be kept in the file."""
-        facts = {
-            **settings.provenance(),
-            **({} if self._settings else {"model": self.pipe.config.get("_name_or_path")}),
+    def _repeatable(self, settings: Settings) -> dict[str, Any]:
+        """The settings that paint this picture again, whatever "auto" would mean elsewhere."""
+        facts = settings.provenance()
+        if settings.codec.mode == "auto" and not settings.codec.rungs:
+            facts["codec"]["rungs"] = self._codecs_used(settings)
+        pinned = {f"{name}_sha256": found for name, found in self._hashes.wait().items()}
+        return {
+            **facts,
+            **self._models(settings),
+            **pinned,
             "dtype": str(self.pipe.unet.dtype).removeprefix("torch."),
-            **self._codecs_used(settings),
-            "engine": engine.__version__,
+            "mesh": facts.get("mesh", {}) | _chosen(settings.mesh),
+            # What saves memory computes in another order, which rounds otherwise.
+            "memory": _chosen(settings.memory, {"limit_gb"}),
+            "file": _chosen(settings.file),
         }
-        return {"prompt": settings.prompt, "linfusion-engine": json.dumps(facts, sort_keys=True)}
 
+    def _models(self, settings: Settings) -> dict[str, Any]:
+        """The names of what painted, where the settings do not say them."""
+        if self._settings is None:
+            return {"model": self.pipe.config.get("_name_or_path")}
+        modules = _named_weights(settings, Description.of(self.pipe)).get("linfusion", "none")
+        # A folder beside the model may be elsewhere next time, and "auto" finds it there.
+        return {} if Path(modules).is_dir() else {"linfusion": modules}
 
-def _report_disk_errors(path: Path, action: Callable[[], T]) -> T:
-    try:
-        return action()
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(
-            f"{path}: writing failed ({reason}); free some space or name another folder"
-        ) from error
+    def _circumstances(self, settings: Settings, seams: Seams | None) -> dict[str, Any]:
+        """What the picture does not depend on, or not by more than rounding."""
+        return {
+            "ranks": self.mesh.size,
+            "device": self.mesh.device.type,
+            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+            "seams": None if seams is None else asdict(seams),
+        }
 
 
 def _choose_axes(settings: Settings, ranks: int) -> Axes:
@@ -354,6 +389,38 @@ def _on_device(settings: Settings, mesh: Mesh) -> Mesh:
     return mesh
 
 
+def _check_output(settings: Settings) -> None:
+    output.check(settings.output, settings.height, settings.width, settings.file)
+
+
+def _chosen(group: Group, but: set[str] | None = None) -> dict[str, Any]:
+    """The settings of a group that are not as they are by default."""
+    return group.model_dump(mode="json", exclude_defaults=True, exclude=but)
+
+
+def _named_weights(settings: Settings, model: Description) -> dict[str, str]:
+    """The names of the model, and of its LinFusion modules if there are any."""
+    modules = name_linfusion(settings.model, settings.linfusion, model)
+    return {"model": settings.model} | ({} if modules == "none" else {"linfusion": modules})
+
+
+def _require_hashes(settings: Settings, model: Description | None, kinds: list[str]) -> list[str]:
+    """Refuse other weights than those asked for; the kinds that are not here yet are returned.
+
+    Every rank looks for itself: there is no telling whose disk has which files.
+    """
+    asked = [kind for kind in kinds if getattr(settings, f"{kind}_sha256") != "any"]
+    if model is None or not asked:
+        return asked
+    unseen, named = [], _named_weights(settings, model)
+    for kind in asked:
+        if files := weight_files(named[kind]) if kind in named else {}:
+            provenance.require_hash(kind, getattr(settings, f"{kind}_sha256"), files)
+        else:
+            unseen.append(kind)
+    return unseen
+
+
 def plan_job(settings: Settings, mesh: Mesh) -> Plan:
     """What painting `settings` on these ranks would take; loads no weights.
 
@@ -362,7 +429,7 @@ def plan_job(settings: Settings, mesh: Mesh) -> Plan:
     """
     mesh = _on_device(settings, mesh)
     _choose_axes(settings, mesh.size)
-    mesh.agree(lambda: output.writer_for(settings.output))
+    mesh.agree(lambda: _check_output(settings))
     model = mesh.agree(lambda: describe(settings.model, settings.linfusion))
     if model is None:
         raise UserError(

@@ -15,9 +15,10 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,15 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     Raises:
         AssertionError: a rank raised (its traceback is the message), died, or all were too late.
     """
+    with started_ranks(size, function, *args) as (_, receivers):
+        return _collect(receivers)
+
+
+@contextlib.contextmanager
+def started_ranks(
+    size: int, function: Callable[..., Any], *args: Any
+) -> Iterator[tuple[list[ForkServerProcess], list[Connection]]]:
+    """The processes and what they send, for tests that do something to them; killed at the end."""
     with tempfile.TemporaryDirectory() as folder:
         pipes = [_context.Pipe(duplex=False) for _ in range(size)]
         ranks = [
@@ -48,7 +58,7 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         for _, sender in pipes:
             sender.close()
         try:
-            return _collect([receiver for receiver, _ in pipes])
+            yield ranks, [receiver for receiver, _ in pipes]
         finally:
             for process in ranks:
                 process.kill()

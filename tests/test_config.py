@@ -10,6 +10,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from engine.config import Settings, UserError
 
+GROUPS = ("mesh", "ladder", "codec", "memory", "file")
+
 
 class Format(BaseModel, extra="forbid"):
     name: str = Field(default="png", description="Which format.")
@@ -153,7 +155,7 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for name, info in Settings.model_fields.items():
-        group = info.annotation if name in ("mesh", "ladder", "codec", "memory") else None
+        group = info.annotation if name in GROUPS else None
         for key, setting in (group.model_fields if group else {"": info}).items():
             flag = f"{name}.{key}" if key else name
             assert f"--{flag.replace('_', '-')} " in text
@@ -224,7 +226,8 @@ def test_a_word_without_a_flag() -> None:
         (
             "1: 2",
             "1: unknown key; the keys are prompt, negative_prompt, height, width, seed, steps, "
-            "guidance_scale, model, linfusion, output, device, dtype, mesh, ladder, codec, memory, "
+            "guidance_scale, model, linfusion, model_sha256, linfusion_sha256, output, "
+            "device, dtype, mesh, ladder, codec, memory, file, "
             "plan, timeout_s",
         ),
         ("height: 250", "height: 250 px is not a positive multiple of 8; 248 or 256 would work"),
@@ -346,13 +349,39 @@ def test_a_flag_that_says_yes() -> None:
         {"strategy": "wavelet", "sides": (9,)},
     ],
 )
-def test_a_provenance_can_be_read_again(options: dict[str, object]) -> None:
-    settings = Settings.model_validate({"ladder": options, "codec": {"mode": "exact"}})
+@pytest.mark.parametrize("codec", [{"mode": "exact"}, {"rungs": ("exact", "streaming")}])
+def test_a_provenance_can_be_read_again(
+    options: dict[str, object], codec: dict[str, object]
+) -> None:
+    mesh = {} if options.get("strategy") == "demofusion" else {"synchronisation": "displaced"}
+    settings = Settings.model_validate({"ladder": options, "codec": codec, "mesh": mesh})
     assert Settings.model_validate(settings.provenance()) == settings
 
 
 def test_what_changes_the_picture_is_in_the_provenance() -> None:
     displaced = Settings.load(["--mesh.synchronisation=displaced", "--mesh.warmup-steps=2"])
-    assert displaced.provenance()["synchronisation"] == "displaced"
-    assert displaced.provenance()["warmup_steps"] == 2
-    assert "synchronisation" not in Settings.load(["--mesh.guidance=1"]).provenance()
+    assert displaced.provenance()["mesh"] == {"synchronisation": "displaced", "warmup_steps": 2}
+    assert "mesh" not in Settings.load(["--mesh.guidance=1"]).provenance()
+
+
+def test_the_codec_of_each_rung() -> None:
+    codec = from_yaml("codec: {rungs: [exact, streaming]}").codec
+    assert [codec.asked(rung) for rung in range(4)] == ["exact"] + 3 * ["streaming"]
+    assert Settings().codec.asked(2) == "auto"
+    assert Settings.load(["--codec.rungs", "exact,streaming"]).codec == codec
+    assert yaml_refusal("codec: {mode: exact, rungs: [exact]}") == (
+        "x.yaml: codec: rungs goes with codec.mode auto: choose it, or leave rungs out"
+    )
+
+
+@pytest.mark.parametrize("value", ["abc", "A" * 64, "0" * 63, "None"])
+def test_a_hash_that_is_none(value: str) -> None:
+    assert refusal("--model-sha256", value) == (
+        f"--model-sha256: {value!r} is no SHA-256; write its 64 digits in lower case, or any"
+    )
+
+
+def test_another_way_to_read_the_file() -> None:
+    read = {"seed": 5, "width": 64}.copy
+    settings = Settings.load(["--config=a.png", "--width=72"], lambda path: {**read(), "steps": 2})
+    assert (settings.seed, settings.width, settings.steps) == (5, 72, 2)

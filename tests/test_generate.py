@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,12 @@ import torch
 from PIL import Image
 
 import engine
-from engine import generate
+from engine import generate, provenance
+from engine.config import Settings
+from engine.loading import weight_files
+from engine.provenance import weights_sha256
+from tests.pictures import by_joining_tiles, by_oiio, by_pillow
+from tests.pictures import facts as facts_of
 from tests.ranks import run_ranks, torchrun
 
 SIZES = [(512, 512), (384, 256), (328, 256)]  # width, height; 328 px are 41 latent rows
@@ -113,9 +119,100 @@ def test_the_file_tells_how_it_was_made(tiny_model, tmp_path):
         "--seed=5", "--prompt", prompt, "--negative-prompt=fog")  # fmt: skip
     text = Image.open(target).text
     facts = json.loads(text["linfusion-engine"])
-    assert text["prompt"] == facts["prompt"] == prompt
-    assert (facts["seed"], facts["steps"], facts["negative_prompt"]) == (5, 1, "fog")
-    assert facts["dtype"] == "float32"
+    settings, around = facts["settings"], facts["run"]
+    assert text["prompt"] == settings["prompt"] == prompt
+    assert (settings["seed"], settings["steps"], settings["negative_prompt"]) == (5, 1, "fog")
+    assert (settings["dtype"], settings["codec"]["rungs"]) == ("float32", ["exact"])
+    assert settings["model"] == str(tiny_model)
+    assert settings["model_sha256"] == weights_sha256(weight_files(str(tiny_model)))
+    modules = weight_files(str(tiny_model / "linfusion"))
+    assert settings["linfusion_sha256"] == weights_sha256(modules)
+    assert facts["engine"] == engine.__version__
+    assert (around["ranks"], around["device"], around["seams"]) == (1, "cpu", None)
+    assert around["versions"]["torch"] == torch.__version__
+
+
+REPEATED = {
+    "a.png": ["--file.bits=16"],
+    "b.tif": ["--file.pyramid", "--mesh.guidance=1", "--memory.token-chunks=3"],
+    "c.dzi": ["--file.tiles=png", "--ladder.strategy=sdedit", "--ladder.base=64", "--codec.rungs",
+              "exact,streaming"],
+    "d.exr": ["--dtype=float64"],
+    "e.jpg": ["--file.quality=70", "--mesh.synchronisation=displaced", "--mesh.guidance=1"],
+    "f.webp": ["--linfusion=none"],
+}  # fmt: skip
+
+
+def pixels_in(path):
+    """What an independent reader sees."""
+    if path.suffix == ".dzi":
+        return by_joining_tiles(path)
+    return by_pillow(path) if path.suffix == ".webp" else by_oiio(path)
+
+
+def paint_and_paint_again(mesh, model, folder):
+    """Every picture of `REPEATED`, and then by nothing but what is in its file."""
+    for name, flags in REPEATED.items():
+        size = ["--height=96", "--width=128", "--steps=3", "--seed=3", "--model", str(model)]
+        assert generate.main([*size, *flags, "--output", str(folder / name)]) == 0
+        again = ["--config", str(folder / name), "--output", str(folder / "again" / name)]
+        assert generate.main(again) == 0
+
+
+def test_a_finished_picture_is_painted_again_from_its_own_file(tiny_model, tmp_path):
+    run_ranks(2, paint_and_paint_again, tiny_model, tmp_path)
+    for name in REPEATED:
+        first, again = tmp_path / name, tmp_path / "again" / name
+        np.testing.assert_array_equal(pixels_in(first), pixels_in(again))
+        settings = [provenance.read(path)["settings"] for path in (first, again)]
+        assert settings[0] == settings[1]
+
+
+def test_a_picture_painted_again_has_its_own_name(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    size = ["--height=32", "--width=32", "--steps=1"]
+    run(1, "--model", tiny_model, "--output", tmp_path / "a.tif", *size)
+    with contextlib.chdir(tmp_path):
+        settings = Settings.load(["--config", "a.tif"], provenance.read_config)
+    assert settings.output == Path("outputs/a.tif")
+    assert (settings.height, settings.model) == (32, str(tiny_model))
+
+
+def test_other_weights_than_those_of_the_picture_are_refused(tiny_model, tmp_path):
+    size = ["--height=32", "--width=32", "--steps=1"]
+    run(1, "--model", tiny_model, "--output", tmp_path / "a.png", *size)
+    results = run(2, "--config", tmp_path / "a.png", "--model", "demo")
+    assert [code for code, _, _ in results] == [2, 2]
+    found, wanted = (weights_sha256(weight_files(model)) for model in ("demo", str(tiny_model)))
+    assert results[0][2] == (
+        f"error: model: its weights have the SHA-256 {found}, not {wanted} as model_sha256 asks; "
+        "name the same weights, or --model-sha256 any\n"
+    )
+    assert results[1][2] == ""
+    pinned = ["--model", tiny_model, "--linfusion-sha256", wanted]
+    assert "error: linfusion: its weights have" in run(1, *pinned)[0][2]
+    free = ["--model-sha256=any", "--linfusion-sha256=any", "--linfusion=none"]
+    assert run(1, "--config", tmp_path / "a.png", *free, "--output", tmp_path / "b.png")[0][0] == 0
+
+
+def test_a_picture_of_another_program_is_no_config(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    results = run(2, "--config", tmp_path / "a.png")
+    assert [code for code, _, _ in results] == [2, 2]
+    assert results[0][2] == (
+        f"error: {tmp_path / 'a.png'}: does not say how it was painted; give a picture that this "
+        "engine has written and no other program has saved again\n"
+    )
+
+
+def test_seams_are_one_line_and_in_the_file(tiny_model, tmp_path):
+    size = ["--height=96", "--width=64", "--steps=2", "--model", tiny_model]
+    results = run(3, *size, "--output", tmp_path / "a.png")
+    seams = facts_of(tmp_path / "a.png")["run"]["seams"]
+    assert seams["borders"] == 2
+    said = [err for _, _, err in results]
+    assert said[0].count("seams: at 2 band borders rows differ at most") == 1
+    assert "seams" not in said[1] + said[2]
 
 
 def test_a_configuration_file_is_read_and_flags_win_over_it(tiny_model, tmp_path):
@@ -132,13 +229,13 @@ def test_displaced_mode_is_another_picture_and_says_so(tiny_model, tmp_path):
         size = ["--height=64", "--width=64", "--steps=4", "--mesh.guidance=1", *flags]
         codes = [code for code, _, _ in run(2, "--model", tiny_model, "--output", target, *size)]
         assert codes == [0, 0]
-        return read(target), json.loads(Image.open(target).text["linfusion-engine"])
+        return read(target), facts_of(target)["settings"]
 
     exact, _ = paint("exact.png")
     displaced = ["--mesh.synchronisation=displaced", "--mesh.warmup-steps"]
     warm, facts = paint("warm.png", *displaced, "4")
     stale, _ = paint("stale.png", *displaced, "1")
-    assert (facts["synchronisation"], facts["warmup_steps"]) == ("displaced", 4)
+    assert facts["mesh"] == {"guidance": "1", "synchronisation": "displaced", "warmup_steps": 4}
     assert (warm == exact).all()
     assert (stale != exact).any()
 
@@ -165,7 +262,11 @@ MISTAKES = {
         ["--mesh.guidance=2", "--guidance-scale=1"],
         "a guidance axis of 2 needs a guidance scale above 1: without it there is one side only",
     ),
-    "no writer": (["--output=a.tga"], "a.tga: no writer for .tga files; .png would work"),
+    "no writer": (
+        ["--output=a.tga"],
+        "a.tga: no writer for .tga files; .png, .tif, "
+        ".tiff, .exr, .dzi, .jpg, .jpeg or .webp would work",
+    ),
     "no GPU": (
         ["--device=cuda"],
         "device cuda needs a GPU for each of the 1 ranks on this host, which has 0: start no "
@@ -213,10 +314,10 @@ def test_linfusion_modules_that_are_not_there_are_named(tiny_model, tmp_path):
 
 def paint_onto_a_full_disk(mesh, model, target):
     """A disk that is full for one rank alone, when it closes its part."""
-    from engine.output.png import PngBand
+    from engine.output import PngWriter
 
     if mesh.rank == 1:
-        PngBand.close = fail_with_full_disk
+        PngWriter.close = fail_with_full_disk
     size = ["--height=64", "--width=64", "--steps=1"]
     return command_line(mesh, ["--model", str(model), "--output", str(target), *size])
 

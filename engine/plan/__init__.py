@@ -28,15 +28,13 @@ from engine.bands import Mesh
 from engine.config import Settings, UserError
 from engine.hardware import Speeds, free_disk_bytes, free_memory_bytes, kernels_of, measure
 from engine.loading import Description, count_text_parameters, describe
+from engine.output import Target, sample_of, writer_for
 from engine.plan.needs import DryRun, Needs
 from engine.plan.parts import CodecMode
 from engine.plan.refusal import refusal
 from engine.plan.table import duration, gigabytes, ranks_text, rung_table
 
 __all__ = ["Needs", "Plan", "make_plan"]
-
-PNG_SHARE = 0.6
-"""of its raw pixels that a photograph takes as a PNG; flat pictures take less, noise takes all"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Plan:
         speeds: measured, or None where nobody asks for times.
         limit_bytes: that a rank may use.
         free_disk_bytes: where the file is to go.
-        raw_bytes: of the picture's pixels, which no file exceeds by much.
+        file: what is to be written.
         refusal: why the job cannot be done, and what would help; None if it can.
     """
 
@@ -55,7 +53,7 @@ class Plan:
     speeds: Speeds | None
     limit_bytes: float
     free_disk_bytes: int
-    raw_bytes: int
+    file: Target
     refusal: str | None
 
     def check(self) -> None:
@@ -77,7 +75,7 @@ class Plan:
     @property
     def _writing_s(self) -> float:
         """For the file, of which every rank compresses its own rows."""
-        return self.raw_bytes / self.needs.ranks / self._speeds.deflated_bytes
+        return self.file.raw_bytes / self.needs.ranks / self._speeds.deflated_bytes
 
     @property
     def _speeds(self) -> Speeds:
@@ -91,16 +89,13 @@ class Plan:
             rung_table(needs, self._speeds),
             f"weights   {weights} on each of {ranks_text(needs.ranks)}",
             f"memory    {gigabytes(needs.peak_bytes)} of {gigabytes(self.limit_bytes)} on a rank",
-            f"disk      {gigabytes(self.raw_bytes)} of pixels, {gigabytes(self._usual_file_bytes)} "
-            f"as a PNG usually is, of {gigabytes(self.free_disk_bytes)} free",
+            f"disk      about {gigabytes(_disk_bytes(self.file, needs.ranks))} to write "
+            f"{gigabytes(self.file.raw_bytes)} of pixels as {self.file.path.suffix}, of "
+            f"{gigabytes(self.free_disk_bytes)} free",
             f"time      about {duration(self.seconds)}, {duration(self._writing_s)} of it for the "
             "file: an estimate from short trials",
         ]
         return "\n".join(lines)
-
-    @property
-    def _usual_file_bytes(self) -> float:
-        return PNG_SHARE * self.raw_bytes
 
 
 def make_plan(
@@ -134,13 +129,13 @@ def make_plan(
     if loaded and not limit_gb:
         dry_run.limit_bytes += sum(dry_run.weights(settings, mesh.size).values())
     disk_bytes = min(mesh.gather_objects(free_disk_bytes(settings.output)))
-    raw_bytes = 3 * settings.height * settings.width
+    target = _target(settings)
 
     def simulated() -> tuple[Needs, str | None] | None:
         if mesh.rank > 0:
             return None
         needs = dry_run.needs(settings, mesh.size)
-        no_disk = _disk_refusal(settings, raw_bytes, disk_bytes)
+        no_disk = _disk_refusal(target, mesh.size, disk_bytes)
         return needs, no_disk or refusal(dry_run, settings, needs)
 
     made = mesh.gather_objects(mesh.agree(simulated))[0]
@@ -148,7 +143,7 @@ def make_plan(
     needs, no_fit = made
     # Not before: ranks that wait for rank 0 would have the cores to themselves.
     speeds = measure(mesh, dtype, model.unet["block_out_channels"][1]) if timed else None
-    return Plan(needs, speeds, dry_run.limit_bytes, disk_bytes, raw_bytes, no_fit)
+    return Plan(needs, speeds, dry_run.limit_bytes, disk_bytes, target, no_fit)
 
 
 def _describe(settings: Settings) -> Description:
@@ -169,10 +164,20 @@ def dtype_of(settings: Settings, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def _disk_refusal(settings: Settings, raw_bytes: int, disk_bytes: int) -> str | None:
-    if disk_bytes >= PNG_SHARE * raw_bytes:
+def _target(settings: Settings) -> Target:
+    sample = sample_of(settings.output, settings.file)
+    return Target(settings.output, settings.height, settings.width, sample, settings.file)
+
+
+def _disk_bytes(target: Target, ranks: int) -> float:
+    """What a photograph takes while it is written; flat pictures take less, noise takes more."""
+    return writer_for(target.path).disk_bytes(target, ranks)
+
+
+def _disk_refusal(target: Target, ranks: int, free_bytes: int) -> str | None:
+    if free_bytes >= (wanted := _disk_bytes(target, ranks)):
         return None
     return (
-        f"output: {settings.output} will take about {gigabytes(PNG_SHARE * raw_bytes)}, and "
-        f"{gigabytes(disk_bytes)} are free there: free some space or name another folder"
+        f"output: {target.path} will take about {gigabytes(wanted)} while it is written, and "
+        f"{gigabytes(free_bytes)} are free there: free some space or name another folder"
     )

@@ -173,7 +173,7 @@ class DryRun:
                 self._known_codecs[key] = codec_parts(job, rung, mode)
             return self._known_codecs[key]
 
-        asked = job.settings.codec.mode
+        asked = job.settings.codec.asked(rung.index)
         if asked != "auto":
             return asked, parts_by(asked)
         with contextlib.suppress(UserError):  # of tensors that no kernel takes

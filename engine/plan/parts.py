@@ -30,6 +30,7 @@ from engine.bands.boundary import (
 from engine.config import Settings
 from engine.diffusion import Conditions, Denoiser, dilated
 from engine.ladder import Rung
+from engine.output import sample_of
 from engine.parallel import band_layers, share_out
 from engine.simulation import META, Cost, Kernels, PretendedMesh, simulate
 
@@ -230,13 +231,15 @@ def _encoder(job: Job, below: Rung, rung: Rung, mode: CodecMode) -> Part:
 
 
 def _decoder(job: Job, rung: Rung, mode: CodecMode, is_last: bool) -> Part:
+    sample = sample_of(job.settings.output, job.settings.file)
+
     def decode(vae: Any, rows: int, codec_: codec.Codec) -> Callable[[], object]:
         latent = job.latent(rung, rows)
 
         def run() -> Tensor:
             _, pixels = codec.decode(vae, latent, codec_)
             pixels.clamp_(-1, 1)
-            return codec.to_uint8(pixels) if is_last else pixels
+            return codec.to_samples(pixels, sample) if is_last else pixels
 
         return run
 
