@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-long lint clean
+.PHONY: demo test test-long browser lint clean
 
 # Paint the configs/demo.yaml landscape: one rank a GPU, or two ranks that share the cores.
 demo: $(READY)
@@ -20,6 +20,12 @@ test: $(READY)
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long
 
+# What tests/test_viewer.py looks at pages with, and is skipped without: on Debian, as root.
+browser:
+	command -v chromium && command -v chromedriver || \
+	    { apt-get update -q && apt-get install -qy --no-install-recommends chromium chromium-driver; }
+	npm install --silent --prefix .browser openseadragon@6.1
+
 lint: $(READY)
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
@@ -31,4 +37,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis outputs
+	rm -rf $(VENV) .browser .mypy_cache .pytest_cache .ruff_cache .hypothesis outputs
