@@ -44,7 +44,12 @@ def _own_free_memory(mesh: Mesh) -> int:
     if mesh.device.type == "cuda":
         return int(torch.cuda.mem_get_info(mesh.device)[0])
     on_this_host = hosts.count(hosts[mesh.rank])
-    return min([psutil.virtual_memory().available, *cgroup_room()]) // on_this_host
+    return free_host_bytes() // on_this_host
+
+
+def free_host_bytes() -> int:
+    """What this process and others on its host may still allocate."""
+    return min([psutil.virtual_memory().available, *cgroup_room()])
 
 
 def cgroup_room(

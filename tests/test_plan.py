@@ -308,6 +308,25 @@ def test_a_full_disk_is_refused(monkeypatch):
         demo_plan(height=64, width=64).check()
 
 
+def test_a_format_that_is_encoded_whole_needs_the_memory(monkeypatch):
+    monkeypatch.setattr(plan, "free_host_bytes", lambda: 50_000)
+    with pytest.raises(UserError, match=r"a .webp file is encoded whole, in 0 MB of rank 0's host"):
+        demo_plan(height=64, width=64, output="a.webp").check()
+    demo_plan(height=64, width=64, output="a.jpg").check()
+
+
+def test_the_disk_that_writing_takes_is_the_formats():
+    def disk(name, **file):
+        target = plan._target(settings(height=1024, width=1024, output=name, file=file))
+        return plan._disk_bytes(target, 4) / (3 * 1024 * 1024)
+
+    assert disk("a.png") == pytest.approx(0.6 * 5 / 4)
+    assert disk("a.png", bits="16") == pytest.approx(2 * 0.9 * 5 / 4)
+    assert disk("a.tif", pyramid=True) == pytest.approx(4 / 3 * disk("a.tif"))
+    assert disk("a.dzi") < disk("a.jpg") * 4 / 3 < disk("a.dzi", tiles="png")
+    assert disk("a.webp") > 1  # its parts are raw rows
+
+
 def test_a_single_file_is_refused_with_what_to_do(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(UserError, match="plan with the diffusers folder"):

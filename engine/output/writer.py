@@ -105,6 +105,7 @@ class BandWriter(ABC):
         row_multiple: rows are written in blocks that begin on a multiple of that many rows.
         longest_side: in pixels, where the format has a limit.
         usual_share: of its raw numbers that a picture takes, by number of bits.
+        held_share: of its raw numbers that `assemble` holds in memory.
         needs: a package that is not always installed, and the extra that installs it.
     """
 
@@ -114,6 +115,7 @@ class BandWriter(ABC):
     row_multiple: ClassVar[int] = 1
     longest_side: ClassVar[int | None] = None
     usual_share: ClassVar[Mapping[int, float]]
+    held_share: ClassVar[float] = 0.0
     needs: ClassVar[tuple[str, str] | None] = None
 
     @classmethod

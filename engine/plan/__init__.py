@@ -26,7 +26,14 @@ import torch
 
 from engine.bands import Mesh
 from engine.config import Settings, UserError
-from engine.hardware import Speeds, free_disk_bytes, free_memory_bytes, kernels_of, measure
+from engine.hardware import (
+    Speeds,
+    free_disk_bytes,
+    free_host_bytes,
+    free_memory_bytes,
+    kernels_of,
+    measure,
+)
 from engine.loading import Description, count_text_parameters, describe
 from engine.output import Target, sample_of, writer_for
 from engine.plan.needs import DryRun, Needs
@@ -135,8 +142,8 @@ def make_plan(
         if mesh.rank > 0:
             return None
         needs = dry_run.needs(settings, mesh.size)
-        no_disk = _disk_refusal(target, mesh.size, disk_bytes)
-        return needs, no_disk or refusal(dry_run, settings, needs)
+        no_file = _disk_refusal(target, mesh.size, disk_bytes) or _whole_refusal(target)
+        return needs, no_file or refusal(dry_run, settings, needs)
 
     made = mesh.gather_objects(mesh.agree(simulated))[0]
     assert made is not None, "rank 0 has simulated"
@@ -180,4 +187,15 @@ def _disk_refusal(target: Target, ranks: int, free_bytes: int) -> str | None:
     return (
         f"output: {target.path} will take about {gigabytes(wanted)} while it is written, and "
         f"{gigabytes(free_bytes)} are free there: free some space or name another folder"
+    )
+
+
+def _whole_refusal(target: Target) -> str | None:
+    """Of a format that is encoded whole, by this process."""
+    wanted, free_bytes = writer_for(target.path).held_share * target.raw_bytes, free_host_bytes()
+    if free_bytes >= wanted:
+        return None
+    return (
+        f"output: a {target.path.suffix} file is encoded whole, in {gigabytes(wanted)} of rank 0's "
+        f"host, which has {gigabytes(free_bytes)} free: name a .jpg, .png or .tif file"
     )
