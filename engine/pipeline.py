@@ -284,7 +284,8 @@ class Engine:
     def _codecs_used(self, settings: Settings) -> list[str]:
         """What the codec of each rung came to: "auto" depends on how much memory there was."""
         codecs = self._plans[_planned(settings)].codecs
-        return [codecs[rung] for rung in sorted(codecs)]
+        # A picture to be upscaled is a base without one.
+        return [codecs.get(rung, "exact") for rung in range(max(codecs) + 1)]
 
     def _climb(
         self,
