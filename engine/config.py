@@ -171,6 +171,9 @@ class LadderSettings(Group):
     upscale: Path | None = Field(
         default=None, description="A picture to start from instead of painting a base rung."
     )
+    upscale_sha256: Sha256 = Field(
+        default="any", description="Hash of that file, as a finished picture names it."
+    )
     keep_colours: Whole = Field(
         default=0,
         ge=0,
@@ -211,6 +214,7 @@ class LadderSettings(Group):
             **({} if self.strategy == "wavelet" else _WAVELET_ONLY),
             **({"growth": "rungs that grow evenly, not with ladder.sides"} if self.sides else {}),
             **({"base": "a base that is painted, not with ladder.upscale"} if self.upscale else {}),
+            **({} if self.upscale else {"upscale_sha256": "ladder.upscale"}),
         }
 
     @model_validator(mode="after")
@@ -315,6 +319,9 @@ class FileSettings(Group):
     compression: Literal["piz", "zip"] = Field(
         default="piz", description="Of an .exr: piz is smaller on grain, zip on what is smooth."
     )
+
+    def idle(self) -> dict[str, str]:
+        return {} if self.tiles == "jpg" else {"quality": "file.tiles jpg"}
 
 
 class Settings(BaseModel):

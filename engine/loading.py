@@ -7,6 +7,7 @@ A model is "demo", a diffusers folder, a hub id, or a single `.safetensors` file
 come from beside it, from a folder, or from the hub (`engine.linfusion`).
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,15 +136,17 @@ def weight_files(model: str) -> dict[str, Path]:
         except (OSError, ValueError):
             return {}
     index = DiffusionPipeline.load_config(source) if (source / "model_index.json").exists() else {}
-    parts = [source / name for name in index if (source / name).is_dir()] or [source]
+    loaded = [name for name in index if name != "safety_checker" and (source / name).is_dir()]
+    parts = [source / name for name in loaded] or [source]
     files = [file for part in parts for file in _weights_in(part)]
     return {file.relative_to(source).as_posix(): file for file in files}
 
 
 def _weights_in(folder: Path) -> list[Path]:
     """As diffusers chooses: safetensors if there are any, and no variants such as fp16's."""
-    for kind in ("*.safetensors", "*.bin"):
-        if found := [file for file in folder.glob(kind) if "." not in file.stem]:
+    for suffix in (".safetensors", ".bin"):
+        names = re.compile(rf"(diffusion_pytorch_|pytorch_)?model(-\d+-of-\d+)?\{suffix}")
+        if found := [file for file in folder.iterdir() if names.fullmatch(file.name)]:
             return found
     return []
 

@@ -44,7 +44,7 @@ from engine.loading import (
 )
 from engine.output.seams import Seams
 from engine.parallel import PipelineBoundary, distribute, lay_out, require_same_versions, share_out
-from engine.plan import Plan, dtype_of, make_plan
+from engine.plan import Plan, dtype_of, make_plan, require_room
 from engine.progress import progress_bar
 from engine.saving import save
 
@@ -95,8 +95,9 @@ class Engine:
         self.mesh = mesh
         self._settings = settings
         # Nobody else writes what is known about the picture.
-        named = _named_weights(settings, Description.of(pipe)) if settings and not mesh.rank else {}
-        self._hashes = provenance.Hashes({kind: weight_files(name) for kind, name in named.items()})
+        model, is_first = Description.of(pipe), mesh.rank == 0
+        files = mesh.agree(lambda: _files(settings, model) if settings and is_first else {})
+        self._hashes = provenance.Hashes(files)
         self._plans = {} if plan is None or settings is None else {_planned(settings): plan}
         self._exchange = exchange
         layout = distribute(pipe, mesh, groups=groups, exchange=exchange)
@@ -118,19 +119,22 @@ class Engine:
         mesh = _on_device(settings, mesh)
         axes = _choose_axes(settings, mesh.size)
         mesh.agree(lambda: _check_output(settings))
-        mesh.agree(lambda: output.check_destination(settings.output))
         model = mesh.agree(lambda: describe(settings.model, settings.linfusion))
         plan = _plan(settings, mesh, model) if model else None
         if plan:
             plan.check()
         # Of a model that is not here yet, weights are looked at when the hub has sent them.
-        unseen = mesh.agree(lambda: _require_hashes(settings, model, ["model", "linfusion"]))
+        unseen = _require_hashes(settings, mesh, model, ["model", "linfusion", "ladder.upscale"])
         if mesh.rank == 0 and mesh.size > 1:
             logger.info("%d ranks on %s as %s", mesh.size, mesh.device.type, axes)
         pipe = mesh.agree(
             lambda: load(settings.model, settings.linfusion, dtype=dtype_of(settings, mesh.device))
         )
-        mesh.agree(lambda: _require_hashes(settings, Description.of(pipe), unseen))
+        if unseen := _require_hashes(settings, mesh, Description.of(pipe), unseen):
+            raise UserError(
+                f"{unseen[0]}: has no files whose SHA-256 could be looked at; leave "
+                f"{unseen[0]}_sha256 out"
+            )
         if plan is None:  # of a single file, nothing is known before
             plan = _plan(settings, mesh, Description.of(pipe), loaded=True)
             plan.check()
@@ -144,6 +148,7 @@ class Engine:
         """
         self._require_loaded(settings)
         self.mesh.agree(lambda: _check_output(settings))
+        require_room(settings, self.mesh)
         start, sent_before = time.perf_counter(), self.traffic.megabytes
         for_the_file = Traffic()
         seams = self._write(settings, *self._samples(settings), for_the_file)
@@ -324,9 +329,6 @@ class Engine:
         self, settings: Settings, rows: range, pixels: np.ndarray, traffic: Traffic
     ) -> Seams | None:
         """Each rank compresses its own rows [h, W, 3]; rank 0 joins the parts and renames."""
-        target = output.Target(
-            settings.output, settings.height, settings.width, str(pixels.dtype), settings.file
-        )
 
         def describe(seams: Seams | None) -> output.Metadata:
             facts = {
@@ -336,14 +338,21 @@ class Engine:
             }
             return {"prompt": settings.prompt, provenance.KEY: facts}
 
-        return save(target, self.mesh, traffic, rows, pixels, describe)
+        return save(output.target_of(settings), self.mesh, traffic, rows, pixels, describe)
 
     def _repeatable(self, settings: Settings) -> dict[str, Any]:
         """The settings that paint this picture again, whatever "auto" would mean elsewhere."""
         facts = settings.provenance()
         if settings.codec.mode == "auto" and not settings.codec.rungs:
             facts["codec"]["rungs"] = self._codecs_used(settings)
-        pinned = {f"{name}_sha256": found for name, found in self._hashes.wait().items()}
+        hashes = self._hashes.wait()
+        pinned = {f"{name}_sha256": found for name, found in hashes.items()}
+        if (source := settings.ladder.upscale) is not None:
+            files = {source.name: source}
+            facts["ladder"] |= {
+                "upscale": str(source.absolute()),
+                "upscale_sha256": provenance.weights_sha256(files),
+            }
         return {
             **facts,
             **self._models(settings),
@@ -392,6 +401,7 @@ def _on_device(settings: Settings, mesh: Mesh) -> Mesh:
 
 def _check_output(settings: Settings) -> None:
     output.check(settings.output, settings.height, settings.width, settings.file)
+    output.check_destination(settings.output)
 
 
 def _chosen(group: Group, but: set[str] | None = None) -> dict[str, Any]:
@@ -405,21 +415,36 @@ def _named_weights(settings: Settings, model: Description) -> dict[str, str]:
     return {"model": settings.model} | ({} if modules == "none" else {"linfusion": modules})
 
 
-def _require_hashes(settings: Settings, model: Description | None, kinds: list[str]) -> list[str]:
-    """Refuse other weights than those asked for; the kinds that are not here yet are returned.
+def _files(settings: Settings, model: Description) -> dict[str, dict[str, Path]]:
+    """All files that the picture comes from, by what they are, as far as they are here."""
+    named = _named_weights(settings, model)
+    files = {kind: weight_files(name) for kind, name in named.items()}
+    if (source := settings.ladder.upscale) is not None:
+        files["ladder.upscale"] = {source.name: source}
+    return {kind: found for kind, found in files.items() if found}
 
-    Every rank looks for itself: there is no telling whose disk has which files.
+
+def _require_hashes(
+    settings: Settings, mesh: Mesh, model: Description | None, kinds: list[str]
+) -> list[str]:
+    """Refuse other files than those asked for; the kinds that are not here yet are returned.
+
+    Rank 0 looks for all.
     """
-    asked = [kind for kind in kinds if getattr(settings, f"{kind}_sha256") != "any"]
-    if model is None or not asked:
-        return asked
-    unseen, named = [], _named_weights(settings, model)
-    for kind in asked:
-        if files := weight_files(named[kind]) if kind in named else {}:
-            provenance.require_hash(kind, getattr(settings, f"{kind}_sha256"), files)
-        else:
-            unseen.append(kind)
-    return unseen
+    hashes = {
+        "model": settings.model_sha256,
+        "linfusion": settings.linfusion_sha256,
+        "ladder.upscale": settings.ladder.upscale_sha256,
+    }
+    wanted = {kind: hashes[kind] for kind in kinds if hashes[kind] != "any"}
+
+    def look() -> list[str]:
+        files = _files(settings, model) if model and wanted and mesh.rank == 0 else {}
+        for kind in wanted.keys() & files.keys():
+            provenance.require_hash(kind, wanted[kind], files[kind])
+        return [kind for kind in wanted if kind not in files]
+
+    return mesh.gather_objects(mesh.agree(look))[0]
 
 
 def plan_job(settings: Settings, mesh: Mesh) -> Plan:
@@ -430,7 +455,9 @@ def plan_job(settings: Settings, mesh: Mesh) -> Plan:
     """
     mesh = _on_device(settings, mesh)
     _choose_axes(settings, mesh.size)
-    mesh.agree(lambda: _check_output(settings))
+    mesh.agree(
+        lambda: output.check(settings.output, settings.height, settings.width, settings.file)
+    )
     model = mesh.agree(lambda: describe(settings.model, settings.linfusion))
     if model is None:
         raise UserError(
@@ -449,8 +476,8 @@ def _plan(
 
 def _planned(settings: Settings) -> Settings:
     """`settings` but for what changes no plan: pictures of one size and ladder share theirs."""
-    same = {"prompt": "", "negative_prompt": "", "seed": 0, "output": Path(), "plan": False}
-    return settings.model_copy(update=same)
+    same = {"prompt": "", "negative_prompt": "", "seed": 0, "plan": False}
+    return settings.model_copy(update={**same, "output": Path(f"any{settings.output.suffix}")})
 
 
 def _memory_options(settings: Settings) -> memory.MemoryOptions:

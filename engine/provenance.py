@@ -17,8 +17,9 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import yaml
@@ -57,7 +58,7 @@ def read(path: Path) -> dict[str, Any]:
 def read_config(path: Path) -> dict[str, Any]:
     """The settings in a YAML file, or those that a finished picture was painted with.
 
-    A picture is painted again under its own name in the folder of all pictures.
+    A picture is painted again under its own name in the folder `outputs`, but not over itself.
 
     Raises:
         UserError: there is no such file, or it has no settings.
@@ -65,7 +66,10 @@ def read_config(path: Path) -> dict[str, Any]:
     if path.suffix.lower() not in output.WRITERS:
         return read_yaml(path)
     settings: dict[str, Any] = read(path)["settings"]
-    return {**settings, "output": str(Path("outputs") / path.name)}
+    again = Path("outputs") / path.name
+    if again.exists() and again.samefile(path):
+        again = again.with_name(f"{path.stem}.again{path.suffix}")
+    return {**settings, "output": str(again)}
 
 
 def as_yaml(path: Path) -> str:
@@ -87,23 +91,23 @@ class Hashes:
     """The hash of each model's weights, computed in the background while a picture is painted."""
 
     def __init__(self, models: Mapping[str, Files]) -> None:
-        self._pool = ThreadPoolExecutor(1, "hashes")
-        self._jobs: dict[str, Future[str]] = {
-            name: self._pool.submit(weights_sha256, files)
-            for name, files in models.items()
-            if files
-        }
-        self._pool.shutdown(wait=False)
+        self._known: dict[str, str] = {}
+        # A daemon: a job that ends early does not wait for it.
+        self._thread = Thread(target=self._compute, args=(models,), name="hashes", daemon=True)
+        self._thread.start()
+
+    def _compute(self, models: Mapping[str, Files]) -> None:
+        for name, files in models.items():
+            try:
+                if files:
+                    self._known[name] = weights_sha256(files)
+            except OSError as error:
+                logger.warning("no hash of the %s's weights (%s)", name, error)
 
     def wait(self) -> dict[str, str]:
         """All hashes that could be computed: a file that is gone costs no painted picture."""
-        known = {}
-        for name, job in self._jobs.items():
-            try:
-                known[name] = job.result()
-            except OSError as error:
-                logger.warning("no hash of the %s's weights (%s)", name, error)
-        return known
+        self._thread.join()
+        return dict(self._known)
 
 
 def weights_sha256(files: Files) -> str:
@@ -118,15 +122,22 @@ def _file_sha256(file: Path) -> str:
     target = file.resolve()
     if target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name):
         return target.name  # the hub's cache names large files by their SHA-256
-    with target.open("rb") as data:
+    seen = target.stat()
+    return _read_sha256(target, seen.st_size, seen.st_mtime_ns)
+
+
+@lru_cache
+def _read_sha256(file: Path, size: int, changed_ns: int) -> str:
+    """Of a file as it was at that time: a job that was told what to expect reads it once only."""
+    with file.open("rb") as data:
         return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def require_hash(name: str, wanted: str, files: Files) -> None:
-    """Refuses weights that are not those asked for.
+    """Refuses files that are not those asked for.
 
     Args:
-        name: "model" or "linfusion".
+        name: "model", "linfusion" or "ladder.upscale".
         wanted: in hex, or "any".
 
     Raises:
@@ -134,6 +145,6 @@ def require_hash(name: str, wanted: str, files: Files) -> None:
     """
     if wanted != "any" and (found := weights_sha256(files)) != wanted:
         raise UserError(
-            f"{name}: its weights have the SHA-256 {found}, not {wanted} as {name}_sha256 asks; "
-            f"name the same weights, or --{name}-sha256 any"
+            f"{name}: what is there has the SHA-256 {found}, not {wanted} as {name}_sha256 asks; "
+            f"name the same, or --{name}-sha256 any"
         )

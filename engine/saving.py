@@ -30,6 +30,7 @@ from engine.bands.exchange import fetch_pieces
 from engine.config import UserError
 from engine.output import BandWriter, Metadata, Part, Target
 from engine.output.jpeg import JpegWriter
+from engine.output.lock import Lock
 from engine.output.pixels import halve, to_8_bits
 from engine.output.seams import Seams, find_seams, row_steps
 from engine.output.writer import leftovers, remove
@@ -64,23 +65,23 @@ def save(
     Raises:
         UserError: some rank could not write.
     """
-    agree = _agreeing(mesh, target.path)
+    agree, is_first = _agreeing(mesh, target.path), mesh.rank == 0
     token = mesh.gather_objects(secrets.token_hex(4))[0]
     target = replace(target, token=token)
-    agree(lambda: _clear(target) if mesh.rank == 0 else None)
     bands = mesh.gather_objects(rows)
     seams = _find_seams(mesh, traffic, bands, pixels)
     writer = output.writer_for(target.path)
     # Whatever fails, on whichever rank: leaving the stack removes this rank's part.
     with contextlib.ExitStack() as stack:
+        if is_first:
+            lock = stack.enter_context(Lock(target.path))
+        agree(lambda: _begin(lock, target, mesh.timeout_s / 2) if is_first else None)
         part = agree(lambda: stack.enter_context(writer(target, mesh.rank)))
         preview = _write_levels(mesh, traffic, part, bands, pixels)
         summaries: list[Part] = mesh.gather_objects(agree(part.close))
-        metadata = describe(seams)
-        agree(lambda: writer.assemble(target, summaries, metadata) if mesh.rank == 0 else None)
-    if preview is not None:
-        _save_preview(target, preview, metadata)
-    mesh.barrier()
+        metadata = agree(lambda: describe(seams) if is_first else {})
+        agree(lambda: writer.assemble(target, summaries, metadata) if is_first else None)
+        agree(lambda: None if preview is None else _save_preview(target, preview, metadata))
     return seams
 
 
@@ -99,10 +100,17 @@ def _agreeing(mesh: Mesh, path: Path) -> Callable[[Callable[[], T]], T]:
     return lambda action: mesh.agree(lambda: checked(action))
 
 
-def _clear(target: Target) -> None:
-    """Removes what earlier jobs left that were killed while they wrote this file."""
-    for file in (left := leftovers(target.path)):
-        remove(file)
+def _begin(lock: Lock, target: Target, patience_s: float) -> None:
+    """Be the only job that writes this file, and clear up after those that were killed at it."""
+    lock.acquire(patience_s)
+    if output.writer_for(target.path).restore(target.path):
+        logger.warning("%s: put back after an interrupted run", target.path)
+    left = [*leftovers(target.path), *leftovers(preview_path(target.path))]
+    for file in left:
+        try:
+            remove(file)
+        except OSError as error:  # somebody else's, and no reason to give up a painted picture
+            logger.warning("%s: cannot be removed (%s)", file, error.strerror or error)
     if left:
         logger.warning("removed what an interrupted run had left: %s", ", ".join(map(str, left)))
 
@@ -129,8 +137,9 @@ def _write_levels(
         if level == preview_level:
             preview = _gather(mesh, traffic, bands, np.concatenate(chunks))
         if level < last:
-            pixels = np.concatenate([halve(chunk) for chunk in chunks])
-            bands = [range(rows.start // 2, -(-rows.stop // 2)) for rows in bands]
+            halves = [halve(chunk) for chunk in chunks]
+            pixels = np.concatenate(halves) if len(halves) > 1 else halves[0]
+            bands = halved(bands)
     return preview
 
 
@@ -153,22 +162,31 @@ def recut(
     Returns:
         (the new bands, this rank's rows in chunks that begin on such multiples too)
     """
-    height = bands[-1].stop
-    starts = [min(height, -(-rows.start // multiple) * multiple) for rows in bands]
-    cut = [range(a, b) for a, b in zip(starts, [*starts[1:], height], strict=True)]
-    # What a rank lacks comes from below, from one rank or from several short ones.
-    missing = [
-        range(max(new.start, old.stop), max(new.start, old.stop, new.stop))
+    cut = moved_down(bands, multiple)
+    # What a rank lacks comes from below, from one rank or from several short ones. It is fetched
+    # together with the rank's own rows of the same block, since blocks are encoded whole.
+    blocks = [
+        range(max(new.start, old.stop // multiple * multiple), new.stop)
+        if new.stop > old.stop
+        else range(new.stop, new.stop)
         for old, new in zip(bands, cut, strict=True)
     ]
-    below = _fetch(mesh, traffic, bands, pixels, missing)
-    old, new = bands[mesh.rank], cut[mesh.rank]
-    kept = pixels[new.start - old.start :]
-    if not len(below):
-        return cut, [kept]
-    # The last block has rows of both; all others are only looked at.
-    whole = len(kept) // multiple * multiple
-    return cut, [kept[:whole], np.concatenate([kept[whole:], below])]
+    last = _fetch(mesh, traffic, bands, pixels, blocks)
+    old, new, block = bands[mesh.rank], cut[mesh.rank], blocks[mesh.rank]
+    kept = pixels[new.start - old.start : block.start - old.start]
+    return cut, [kept, last] if len(block) else [kept]
+
+
+def moved_down(bands: list[range], multiple: int) -> list[range]:
+    """The bands with each border moved down to the next multiple, or to the end of the picture."""
+    height = bands[-1].stop
+    starts = [min(height, -(-rows.start // multiple) * multiple) for rows in bands]
+    return [range(a, b) for a, b in zip(starts, [*starts[1:], height], strict=True)]
+
+
+def halved(bands: list[range]) -> list[range]:
+    """The bands of the picture halved, given ones that begin on even rows or at its end."""
+    return [range(-(-rows.start // 2), -(-rows.stop // 2)) for rows in bands]
 
 
 def _fetch(
@@ -220,7 +238,7 @@ def _find_seams(
 
 def preview_path(path: Path) -> Path:
     """Where the preview of a large picture is."""
-    return path.with_name(f"{path.stem}.preview.jpg")
+    return path.with_name(f"{path.name}.preview.jpg")
 
 
 def _preview_level(target: Target) -> int:

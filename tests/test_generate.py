@@ -16,7 +16,7 @@ from engine import generate, provenance
 from engine.config import Settings
 from engine.loading import weight_files
 from engine.provenance import weights_sha256
-from tests.pictures import by_joining_tiles, by_oiio, by_pillow
+from tests.pictures import by_joining_tiles, by_oiio, by_pillow, pixels_of
 from tests.pictures import facts as facts_of
 from tests.ranks import run_ranks, torchrun
 
@@ -140,6 +140,7 @@ REPEATED = {
     "d.exr": ["--dtype=float64"],
     "e.jpg": ["--file.quality=70", "--mesh.synchronisation=displaced", "--mesh.guidance=1"],
     "f.webp": ["--linfusion=none"],
+    "g.png": ["--ladder.strategy=sdedit", "--ladder.upscale=own.png", "--ladder.strengths=0.5"],
 }  # fmt: skip
 
 
@@ -152,6 +153,7 @@ def pixels_in(path):
 
 def paint_and_paint_again(mesh, model, folder):
     """Every picture of `REPEATED`, and then by nothing but what is in its file."""
+    os.chdir(folder)
     for name, flags in REPEATED.items():
         size = ["--height=96", "--width=128", "--steps=3", "--seed=3", "--model", str(model)]
         assert generate.main([*size, *flags, "--output", str(folder / name)]) == 0
@@ -159,13 +161,18 @@ def paint_and_paint_again(mesh, model, folder):
         assert generate.main(again) == 0
 
 
-def test_a_finished_picture_is_painted_again_from_its_own_file(tiny_model, tmp_path):
+def test_a_finished_picture_is_painted_again_from_its_own_file(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(pixels_of(48, 64)).save("own.png")
     run_ranks(2, paint_and_paint_again, tiny_model, tmp_path)
     for name in REPEATED:
         first, again = tmp_path / name, tmp_path / "again" / name
         np.testing.assert_array_equal(pixels_in(first), pixels_in(again))
         settings = [provenance.read(path)["settings"] for path in (first, again)]
         assert settings[0] == settings[1]
+    Image.new("RGB", (64, 48)).save("own.png")
+    results = run(1, "--config", tmp_path / "g.png")
+    assert "error: ladder.upscale: what is there has the SHA-256" in results[0][2]
 
 
 def test_a_picture_painted_again_has_its_own_name(tiny_model, tmp_path, monkeypatch):
@@ -185,12 +192,14 @@ def test_other_weights_than_those_of_the_picture_are_refused(tiny_model, tmp_pat
     assert [code for code, _, _ in results] == [2, 2]
     found, wanted = (weights_sha256(weight_files(model)) for model in ("demo", str(tiny_model)))
     assert results[0][2] == (
-        f"error: model: its weights have the SHA-256 {found}, not {wanted} as model_sha256 asks; "
-        "name the same weights, or --model-sha256 any\n"
+        f"error: model: what is there has the SHA-256 {found}, not {wanted} as model_sha256 asks; "
+        "name the same, or --model-sha256 any\n"
     )
     assert results[1][2] == ""
     pinned = ["--model", tiny_model, "--linfusion-sha256", wanted]
-    assert "error: linfusion: its weights have" in run(1, *pinned)[0][2]
+    assert "error: linfusion: what is there has" in run(1, *pinned)[0][2]
+    nothing = ["--model", tiny_model, "--linfusion=none", "--linfusion-sha256", wanted]
+    assert "error: linfusion: has no files" in run(1, *nothing)[0][2]
     free = ["--model-sha256=any", "--linfusion-sha256=any", "--linfusion=none"]
     assert run(1, "--config", tmp_path / "a.png", *free, "--output", tmp_path / "b.png")[0][0] == 0
 

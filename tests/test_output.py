@@ -500,6 +500,7 @@ def test_destinations_that_cannot_work(tmp_path: Path) -> None:
         ("a.exr", 8, {"bits": "8"}, "file.bits: a .exr file has 16 bits, not 8; leave it out"),
         ("a.png", 8, {"quality": 80}, "file.quality has no effect on .png files; leave it out, or "
          "name a .dzi or .jpg or .jpeg or .webp file"),
+        ("a.dzi", 8, {"tiles": "png", "bits": "16"}, "file.bits: a .dzi file has 8 bits, not 16"),
         ("a.png", 8, {"pyramid": True}, "file.pyramid has no effect on .png files"),
         ("a.jpg", 65504, {}, "a.jpg: a .jpg file has at most 65500 px a side, and the picture is "
          "8x65504 px; .png, .tif or .dzi would work"),

@@ -11,6 +11,7 @@ from engine.bands import Mesh
 from engine.config import Settings, UserError
 from engine.hardware import Speeds
 from engine.loading import Description, count_text_parameters, describe, load
+from engine.output import target_of
 from engine.pipeline import Engine
 from engine.plan import make_plan
 from engine.plan.needs import DryRun
@@ -317,7 +318,7 @@ def test_a_format_that_is_encoded_whole_needs_the_memory(monkeypatch):
 
 def test_the_disk_that_writing_takes_is_the_formats():
     def disk(name, **file):
-        target = plan._target(settings(height=1024, width=1024, output=name, file=file))
+        target = target_of(settings(height=1024, width=1024, output=name, file=file))
         return plan._disk_bytes(target, 4) / (3 * 1024 * 1024)
 
     assert disk("a.png") == pytest.approx(0.6 * 5 / 4)

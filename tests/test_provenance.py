@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import ExifTags, Image
 
 from engine import inspect
 from engine.config import Settings, UserError
@@ -59,6 +60,27 @@ def test_facts_that_are_none(tmp_path, facts):
         read_config(tmp_path / "a.png")
 
 
+def test_a_picture_is_not_painted_over_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    write_picture(Path("outputs/a.tif"), pixels_of(8, 8), metadata={KEY: FACTS})
+    assert read_config(Path("outputs/a.tif"))["output"] == "outputs/a.again.tif"
+    Path("outputs/a.tif").rename("a.tif")
+    assert read_config(Path("a.tif"))["output"] == "outputs/a.tif"
+
+
+@pytest.mark.parametrize("text", ["5", "[1]", "null", '"words"', "{", ""])
+@pytest.mark.parametrize("suffix", [".tif", ".jpg", ".webp"])
+def test_texts_by_others(tmp_path, suffix, text):
+    path = tmp_path / f"picture{suffix}"
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = text
+    options = {".tif": {"tiffinfo": exif}, ".jpg": {"comment": text}, ".webp": {"exif": exif}}
+    Image.new("RGB", (8, 8)).save(path, **options[suffix])
+    with pytest.raises(UserError, match=r"cannot be read \(|does not say how it was painted"):
+        read_config(path)
+
+
 def test_a_yaml_file_is_still_one(tmp_path):
     (tmp_path / "a.yaml").write_text("seed: 4")
     assert read_config(tmp_path / "a.yaml") == {"seed": 4}
@@ -69,7 +91,9 @@ def test_a_yaml_file_is_still_one(tmp_path):
 
 def model_folder(folder, *names):
     (folder / "unet").mkdir(parents=True)
-    (folder / "model_index.json").write_text('{"unet": ["diffusers", "X"], "other": [null, null]}')
+    (folder / "model_index.json").write_text(
+        '{"unet": ["diffusers", "X"], "safety_checker": ["diffusers", "Y"]}'
+    )
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(name.encode())
@@ -79,11 +103,14 @@ def model_folder(folder, *names):
 @pytest.mark.parametrize(
     ("names", "chosen"),
     [
-        (["unet/a.bin", "unet/b.bin"], ["unet/a.bin", "unet/b.bin"]),
-        (["unet/a.bin", "unet/a.safetensors"], ["unet/a.safetensors"]),
-        (["unet/a.bin"], ["unet/a.bin"]),
-        (["unet/a.safetensors", "unet/a.fp16.safetensors"], ["unet/a.safetensors"]),
-        (["unet/a.safetensors", "elsewhere/b.safetensors"], ["unet/a.safetensors"]),
+        (["unet/model-1-of-2.bin", "unet/model-2-of-2.bin"],
+         ["unet/model-1-of-2.bin", "unet/model-2-of-2.bin"]),
+        (["unet/model.bin", "unet/model.safetensors"], ["unet/model.safetensors"]),
+        (["unet/model.bin"], ["unet/model.bin"]),
+        (["unet/model.safetensors", "unet/model.fp16.safetensors"], ["unet/model.safetensors"]),
+        (["unet/model.safetensors", "other/model.safetensors"], ["unet/model.safetensors"]),
+        (["unet/model.safetensors", "safety_checker/model.bin"], ["unet/model.safetensors"]),
+        (["unet/model.safetensors", "unet/lora.safetensors"], ["unet/model.safetensors"]),
     ],
 )  # fmt: skip
 def test_the_files_that_weights_come_from(tmp_path, names, chosen):
@@ -106,13 +133,13 @@ def test_a_single_file_has_its_own_hash(tmp_path):
 
 
 def test_the_hash_of_a_folder_is_that_of_names_and_contents(tmp_path):
-    names = ["unet/a.safetensors", "unet/b.safetensors"]
+    names = ["unet/model.safetensors", "unet/model-00001-of-00002.safetensors"]
     first, second = (
         weight_files(str(model_folder(tmp_path / place, *order)))
         for place, order in (("x", names), ("y", names[::-1]))
     )
     assert weights_sha256(first) == weights_sha256(second)
-    first["unet/b.safetensors"].write_bytes(b"other")
+    first["unet/model-00001-of-00002.safetensors"].write_bytes(b"other")
     assert weights_sha256(first) != weights_sha256(second)
 
 

@@ -279,7 +279,8 @@ def fetch_pieces(
     want: list[list[range]],
 ) -> list[Tensor]:
     """As `fetch_rows`, several pieces for each rank in one round."""
-    batch, channels, _, width = x.shape
+    batch, channels, height, width = x.shape
+    assert height == len(have[mesh.rank]), "the others count on the rows that this rank has"
     pieces = [x.new_empty(batch, channels, len(piece), width) for piece in want[mesh.rank]]
     outgoing, incoming, places = [], [], []
     for peer in range(mesh.size):
@@ -293,13 +294,15 @@ def fetch_pieces(
             if coming and peer == mesh.rank:
                 place.copy_(_rows_of(x, have[peer], coming))
             elif coming:
-                incoming.append((peer, torch.empty_like(place)))
+                # Into its place, where that is one piece of memory, as it is for a single channel.
+                incoming.append((peer, place if place.is_contiguous() else torch.empty_like(place)))
                 places.append(place)
     traffic.count(layer, sum(rows.nbytes for _, rows in outgoing))
     for work in mesh.swap(outgoing, incoming):
         work.wait()
     for place, (_, rows) in zip(places, incoming, strict=True):
-        place.copy_(rows)
+        if rows is not place:
+            place.copy_(rows)
     return pieces
 
 

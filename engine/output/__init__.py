@@ -23,12 +23,13 @@ Nothing here communicates (`engine.saving` does). What the ranks share is a fold
 with one writer each are safe on NFS and Lustre, where several writers in one file are not.
 """
 
-import tempfile
+import secrets
+import struct
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from engine.config import FileSettings, UserError
+from engine.config import FileSettings, Settings, UserError
 from engine.output.deepzoom import DeepZoomWriter
 from engine.output.exr import ExrWriter
 from engine.output.jpeg import JpegWriter
@@ -47,6 +48,7 @@ __all__ = [
     "check_destination",
     "read_metadata",
     "sample_of",
+    "target_of",
     "writer_for",
 ]
 
@@ -127,13 +129,25 @@ def check_destination(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # As long a name as any part will get: a file system may refuse that alone.
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.00000.part-"):
-            pass
+        trial = Target(path, 1, 1, token=secrets.token_hex(4)).beside("part-0000-slab")
+        trial.touch(exist_ok=False)
+        trial.unlink()
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise UserError(
             f"{path}: cannot be written ({reason}); give a name in a folder that you may write to"
         ) from None
+    if (other := writer_for(path).in_the_way(path)) is not None:
+        raise UserError(
+            f"{path}: {other} is in the way, and belongs to no {path.suffix} file; move it, or "
+            "give another name"
+        )
+
+
+def target_of(settings: Settings) -> Target:
+    """The file that a job writes."""
+    path, file = settings.output, settings.file
+    return Target(path, settings.height, settings.width, sample_of(path, file), file)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -145,7 +159,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
     writer = writer_for(path)
     try:
         return writer.read_metadata(path)
-    except (OSError, ValueError) as error:
+    # What readers raise on files that are none, or not to their end.
+    except (OSError, ValueError, SyntaxError, LookupError, TypeError, struct.error) as error:
         reason = str(getattr(error, "strerror", None) or error).lower()
         raise UserError(
             f"{path}: cannot be read ({reason}); give a picture of this engine"

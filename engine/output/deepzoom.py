@@ -5,9 +5,10 @@
     lake_files/14/      the whole picture in tiles of 512 px, named column_row
     lake_files/13/ ...  its halves, rounded up, down to a single pixel in 0/
 
-Ranks write the tiles of their rows into a hidden folder. The folder gets its name when it is whole,
-then the page, then the descriptor. Any viewer of Deep Zoom reads it, such as OpenSeadragon; from
-`file://` browsers let it load tiles but no descriptor, so ours has the descriptor inside.
+Ranks write the tiles of their rows into a hidden folder. When all is whole and on disk, the folder
+gets its name, then the page, and the descriptor last. Any viewer of Deep Zoom reads it, such as
+OpenSeadragon; from `file://` browsers let it load tiles but no descriptor, so ours has the
+descriptor inside.
 """
 
 import json
@@ -23,13 +24,15 @@ from PIL import Image
 
 from engine.output.jpeg import encode
 from engine.output.pixels import tile_rows
+from engine.output.png import PngWriter
 from engine.output.writer import (
     BandWriter,
     Metadata,
     Part,
     Target,
     in_order,
-    published,
+    leftovers,
+    object_of,
     remove,
     sync_folder,
 )
@@ -55,7 +58,8 @@ class DeepZoomWriter(BandWriter):
 
     @classmethod
     def disk_bytes(cls, target: Target, ranks: int) -> float:
-        share = cls.usual_share[8] if target.file.tiles == "jpg" else 0.6
+        kind = cls if target.file.tiles == "jpg" else PngWriter
+        share = kind.usual_share[8]
         return share * target.raw_bytes * 4 / 3
 
     def __init__(self, target: Target, index: int) -> None:
@@ -94,25 +98,63 @@ class DeepZoomWriter(BandWriter):
 
     @classmethod
     def assemble(cls, target: Target, parts: Sequence[Part], metadata: Metadata) -> None:
-        """Metadata become an element of the descriptor, in JSON, which other viewers pass over."""
+        """Metadata become an element of the descriptor, in JSON, which other viewers pass over.
+
+        The three names change one after the other, the old descriptor's first and the new one's
+        last: whatever is killed in between leaves none, and `restore` undoes it.
+        """
         for level in range(cls.levels(target)):
             in_order(target, parts, level)
-        tiles, old, final = target.beside("tiles"), target.beside("old"), _tiles_folder(target.path)
-        page = target.path.with_suffix(".html")
-        for folder in (*tiles.glob("*"), tiles):
-            sync_folder(folder)
-        # An old picture of this name goes before its tiles do, and comes last when the new one is
-        # whole: whatever is killed in between leaves no descriptor.
-        for outdated in (target.path, page):
-            remove(outdated)
-        if final.exists():
-            final.rename(old)
-        tiles.rename(final)
-        with published(target, page) as file:
-            file.write(_page(target, metadata).encode())
-        with published(target) as file:
-            file.write(_descriptor(target, metadata))
-        remove(old)
+            _require_tiles(target, level, cls.levels(target) - 1 - level)
+        folder, page, descriptor = (
+            target.beside(f"new{name.suffix}") for name in _names(target.path)
+        )
+        try:
+            for tiles in (*target.beside("tiles").glob("*"), target.beside("tiles")):
+                sync_folder(tiles)
+            target.beside("tiles").rename(folder)
+            _write(page, _page(target, metadata).encode())
+            _write(descriptor, _descriptor(target, metadata))  # from here on `restore` is in charge
+            for name in reversed(_names(target.path)):
+                if name.exists():
+                    name.rename(target.beside(f"old{name.suffix}"))
+            for new, name in zip((folder, page, descriptor), _names(target.path), strict=True):
+                new.rename(name)
+            sync_folder(target.path.parent)
+        except BaseException:
+            cls.restore(target.path)
+            for new in (folder, page, descriptor):
+                remove(new)
+            raise
+        for name in _names(target.path):
+            remove(target.beside(f"old{name.suffix}"))
+
+    @classmethod
+    def restore(cls, path: Path) -> bool:
+        """Where all is ready, and the descriptor has not got its name: back to the old picture."""
+        marks = [left for left in leftovers(path) if left.name.endswith(".new.dzi")]
+        for mark in marks:
+            for name in _names(path):
+                new, old = (
+                    mark.with_name(mark.name.replace(".new.dzi", f".{age}{name.suffix}"))
+                    for age in ("new", "old")
+                )
+                if not new.exists():
+                    remove(name)  # it is the new one, under its name already
+                if old.exists():
+                    old.rename(name)
+                if new != mark:
+                    remove(new)
+            remove(mark)
+        return path.exists() and bool(marks)
+
+    @classmethod
+    def in_the_way(cls, path: Path) -> Path | None:
+        """Tiles or a page without a descriptor are not ours, unless a job was killed."""
+        folder, page, descriptor = _names(path)
+        if descriptor.exists() or leftovers(path):
+            return page if page.is_dir() else None
+        return next((name for name in (folder, page) if name.exists()), None)
 
     @classmethod
     def read_metadata(cls, path: Path) -> dict[str, Any]:
@@ -120,11 +162,28 @@ class DeepZoomWriter(BandWriter):
             found = ET.parse(path).getroot().findtext(f"{{{_OURS}}}metadata")
         except ET.ParseError as error:
             raise ValueError(f"not a Deep Zoom descriptor: {error}") from error
-        return dict(json.loads(found or "{}"))
+        return object_of(found or "")
 
 
-def _tiles_folder(path: Path) -> Path:
-    return path.with_name(f"{path.stem}_files")
+def _names(path: Path) -> tuple[Path, Path, Path]:
+    """The folder of tiles, the page, and the descriptor, in the order in which they appear."""
+    return path.with_name(f"{path.stem}_files"), path.with_suffix(".html"), path
+
+
+def _require_tiles(target: Target, level: int, number: int) -> None:
+    """Raises OSError where some tiles of a level, which Deep Zoom calls `number`, are not there."""
+    height, width = target.level_size(level)
+    expected = -(-height // _SIDE) * -(-width // _SIDE)
+    found = len(list((target.beside("tiles") / str(number)).iterdir()))
+    if found != expected:
+        raise OSError(None, f"{found} of {expected} tiles are there")
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _descriptor(target: Target, metadata: Metadata) -> bytes:
@@ -147,7 +206,7 @@ def _page(target: Target, metadata: Metadata) -> str:
         "height": target.height,
         "tileSize": _SIDE,
         "format": target.file.tiles,
-        "tiles": _tiles_folder(target.path).name,
+        "tiles": _names(target.path)[0].name,
         "metadata": metadata,
     }
     template = files("engine.output").joinpath("viewer.html").read_text(encoding="utf-8")

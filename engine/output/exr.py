@@ -9,7 +9,6 @@ Numbers are linear light, 0 to 1, as EXR's readers take them to be (`engine.code
 """
 
 import io
-import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from engine.output.writer import (
     published,
     remove,
     removing,
+    text_of,
 )
 
 _MAGIC = b"v/1\x01"
@@ -117,8 +117,7 @@ def _header(attributes: Attributes, size: Size, metadata: Metadata) -> bytes:
     window = b"box2i", struct.pack("<4i", 0, 0, width - 1, height - 1)
     own = {b"dataWindow": window, b"displayWindow": window}
     for name, value in metadata.items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        own[name.encode()] = b"string", text.encode(errors="replace")
+        own[name.encode()] = b"string", text_of(value).encode(errors="replace")
     lines = [
         name + b"\0" + kind + b"\0" + struct.pack("<i", len(value)) + value
         for name, (kind, value) in (attributes | own).items()

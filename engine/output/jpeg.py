@@ -25,6 +25,7 @@ from engine.output.writer import (
     blocks,
     copy_part,
     in_order,
+    object_of,
     published,
     removing,
 )
@@ -49,8 +50,10 @@ class JpegWriter(BandWriter):
         for block in blocks(rows, _ROWS):
             strip = pixels[block.start - rows.start : block.stop - rows.start]
             data = encode(strip, quality, restart_marker_rows=1)
-            scan = data.index(_SCAN)  # no header holds these two bytes
-            begin = scan + 2 + int.from_bytes(data[scan + 2 : scan + 4])
+            headers = io.BytesIO(data[2:])
+            for _ in _segments(headers):
+                pass
+            begin = 2 + headers.tell()
             self._facts.setdefault(level, data[:begin])
             file.write(data[begin:-2])
             file.write(_END if block.stop == self.target.height else _RESTART_7)
@@ -71,7 +74,7 @@ class JpegWriter(BandWriter):
             if file.read(2) != _START:
                 raise ValueError("not a JPEG file")
             texts = [data for kind, data in _segments(file) if kind == _COMMENT]
-        return dict(json.loads(b"".join(texts) or b"{}"))
+        return object_of(b"".join(texts))
 
 
 def encode(pixels: np.ndarray, quality: int, **options: Any) -> bytes:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-_CHUNK_ROWS = 256  # halved at a time
+_CHUNK_ROWS = 64  # halved at a time: bounds the memory
 
 
 def halve(pixels: np.ndarray) -> np.ndarray:

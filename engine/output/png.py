@@ -14,7 +14,6 @@ A part file consists of complete IDAT chunks, with their lengths and CRCs, so th
 by copying bytes. Decoders join the IDAT data of all chunks before they look at it (section 11.2.3).
 """
 
-import json
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from engine.output.writer import (
     in_order,
     published,
     removing,
+    text_of,
 )
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -96,8 +96,8 @@ class PngWriter(BandWriter):
 
 
 def _head(target: Target, metadata: Metadata) -> bytes:
-    bits = 8 * np.dtype(target.sample).itemsize
-    header = struct.pack(">IIBBBBB", target.width, target.height, bits, _RGB, 0, 0, 0)
+    size = target.width, target.height
+    header = struct.pack(">IIBBBBB", *size, target.bits, _RGB, 0, 0, 0)
     texts = b"".join(text_chunk(keyword, value) for keyword, value in metadata.items())
     return _SIGNATURE + chunk(b"IHDR", header) + texts + chunk(b"IDAT", _ZLIB_HEADER)
 
@@ -140,8 +140,7 @@ def text_chunk(keyword: str, value: Any) -> bytes:
     key = keyword.encode("latin-1")
     if not 1 <= len(key) <= 79 or b"\0" in key:
         raise ValueError(f"{keyword!r} is no PNG keyword of 1 to 79 Latin-1 characters")
-    text = value if isinstance(value, str) else json.dumps(value)
-    body = text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace")
+    body = text_of(value).replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace")
     # After the keyword: not compressed (0, method 0), no language tag, no translated keyword.
     return chunk(b"iTXt", key + b"\0\0\0\0\0" + body)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 _COLUMNS = 1024  # that are looked at, evenly spaced
-_CHUNK_ROWS = 256
+_CHUNK_ROWS = 64
 _AROUND = 16  # rows above and below, whose steps are a step's surroundings
 _FLOOR = 0.25  # of a step, in 1/255: in a flat picture rounding alone is no seam
 _MARGIN = 1.25
@@ -24,12 +24,14 @@ class Seams:
 
     Attributes:
         largest: of the borders' contrasts.
-        usual: what 99 of 100 other rows stay below.
+        usual: what all other rows stay below but for one in `rare`.
+        rare: a hundred times the number of borders, so that chance alone seldom gives an alarm.
     """
 
     borders: int
     largest: float
     usual: float
+    rare: int
 
     @property
     def visible(self) -> bool:
@@ -39,8 +41,8 @@ class Seams:
     def __str__(self) -> str:
         return (
             f"seams: at {self.borders} band border{'s' if self.borders > 1 else ''} rows differ at "
-            f"most {self.largest:.2f} times as much as around them; 99 % of other rows: below "
-            f"{self.usual:.2f}"
+            f"most {self.largest:.2f} times as much as around them; all other rows but one in "
+            f"{self.rare}: at most {self.usual:.2f} times"
         )
 
 
@@ -73,5 +75,6 @@ def find_seams(steps: np.ndarray, borders: Sequence[int]) -> Seams | None:
     padded = np.pad(around, _AROUND, mode="reflect" if len(steps) > _AROUND else "edge")
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * _AROUND + 1)
     contrast = (steps + _FLOOR) / (np.median(windows, axis=-1) + _FLOOR)
-    usual = float(np.percentile(contrast[rest], 99))
-    return Seams(len(at), round(float(contrast[at].max()), 3), round(usual, 3))
+    rare = 100 * len(at)
+    usual = float(np.percentile(contrast[rest], 100 * (1 - 1 / rare)))
+    return Seams(len(at), round(float(contrast[at].max()), 3), round(usual, 3), rare)

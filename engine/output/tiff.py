@@ -23,6 +23,7 @@ from engine.output.writer import (
     Part,
     Target,
     in_order,
+    object_of,
     published,
     remove,
     removing,
@@ -94,7 +95,7 @@ class TiffWriter(BandWriter):
                 text = tiff.pages.first.description
         except (tifffile.TiffFileError, IndexError) as error:
             raise ValueError(f"not a TIFF file: {error}") from error
-        return dict(json.loads(text or "{}"))
+        return object_of(text)
 
 
 def _differences(strip: np.ndarray) -> Iterator[np.ndarray]:
@@ -103,13 +104,12 @@ def _differences(strip: np.ndarray) -> Iterator[np.ndarray]:
     Where a tile reaches beyond the picture, the picture's edge goes on: its differences are zero.
     """
     height, width, _ = strip.shape
-    if height < _SIDE:
-        strip = np.pad(strip, ((0, _SIDE - height), (0, 0), (0, 0)), mode="edge")
     for left in range(0, width, _SIDE):
         columns = strip[:, left : left + _SIDE]
         tile = np.zeros((_SIDE, _SIDE, 3), strip.dtype)
-        tile[:, 0] = columns[:, 0]
-        np.subtract(columns[:, 1:], columns[:, :-1], out=tile[:, 1 : columns.shape[1]])
+        tile[:height, 0] = columns[:, 0]
+        np.subtract(columns[:, 1:], columns[:, :-1], out=tile[:height, 1 : columns.shape[1]])
+        tile[height:] = tile[height - 1]
         yield tile
 
 

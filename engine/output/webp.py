@@ -19,6 +19,7 @@ from engine.output.writer import (
     Part,
     Target,
     in_order,
+    object_of,
     published,
     remove,
     removing,
@@ -49,7 +50,9 @@ class WebpWriter(BandWriter):
             for part in in_order(target, parts):
                 rows = part.rows[0]
                 with part.files[0].open("rb") as source:
-                    source.readinto(pixels[rows.start : rows.stop].data)
+                    read = source.readinto(pixels[rows.start : rows.stop].data)
+                if read != len(rows) * target.width * 3:
+                    raise OSError(None, f"{part.files[0]} has lost some of its rows")
                 remove(part.files[0])
             exif = Image.Exif()
             exif[ExifTags.Base.ImageDescription] = json.dumps(metadata)
@@ -60,7 +63,7 @@ class WebpWriter(BandWriter):
     def read_metadata(cls, path: Path) -> dict[str, Any]:
         exif = Image.Exif()
         exif.load(_chunk(path, b"EXIF"))
-        return dict(json.loads(exif.get(ExifTags.Base.ImageDescription, "{}")))
+        return object_of(exif.get(ExifTags.Base.ImageDescription, ""))
 
 
 def _chunk(path: Path, wanted: bytes) -> bytes:

@@ -11,6 +11,7 @@ So a reader sees the old file or the whole new one, and a job that writes the sa
 take parts of a job that was killed, or that has not noticed yet that it was, for its own.
 """
 
+import json
 import os
 import re
 import shutil
@@ -53,7 +54,12 @@ class Target:
     @property
     def raw_bytes(self) -> int:
         """Of all its numbers."""
-        return 3 * self.height * self.width * np.dtype(self.sample).itemsize
+        return 3 * self.height * self.width * self.bits // 8
+
+    @property
+    def bits(self) -> int:
+        """Of a number."""
+        return 8 * np.dtype(self.sample).itemsize
 
     def level_size(self, level: int) -> Size:
         """Of a picture halved `level` times, each time rounded up."""
@@ -66,8 +72,21 @@ class Target:
 
 def leftovers(path: Path) -> list[Path]:
     """What writings of `path` have left that did not come to their end."""
-    ours = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{8}\.(part-.+|tmp|tiles|old)")
+    ours = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{8}\.(part-.+|tmp|tiles|old.*|new.*)")
     return sorted(file for file in path.parent.glob(".*") if ours.fullmatch(file.name))
+
+
+def text_of(value: Any) -> str:
+    """Metadata for formats that keep texts: what is none becomes JSON."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def object_of(text: str | bytes) -> dict[str, Any]:
+    """Metadata of formats that keep one text. Raises ValueError where it is no JSON object."""
+    found = json.loads(text or "{}")
+    if not isinstance(found, dict):
+        raise ValueError(f"{found!r:.40} is no JSON object")
+    return found
 
 
 def remove(path: Path) -> None:
@@ -126,8 +145,7 @@ class BandWriter(ABC):
     @classmethod
     def disk_bytes(cls, target: Target, ranks: int) -> float:
         """That writing usually takes at its worst: the file, and the part that is being copied."""
-        bits = 8 * np.dtype(target.sample).itemsize
-        return cls.usual_share[bits] * target.raw_bytes * (1 + 1 / ranks)
+        return cls.usual_share[target.bits] * target.raw_bytes * (1 + 1 / ranks)
 
     def __init__(self, target: Target, index: int) -> None:
         """Begins the part of rank `index`."""
@@ -223,6 +241,16 @@ class BandWriter(ABC):
             ValueError: some level has gaps, or rows that two parts have.
             OSError: of the file system.
         """
+
+    @classmethod
+    def restore(cls, path: Path) -> bool:
+        """Puts an old picture back that a job moved away, and then was killed; tells if it did."""
+        return False
+
+    @classmethod
+    def in_the_way(cls, path: Path) -> Path | None:
+        """What of the names that the picture takes besides its own belongs to somebody else."""
+        return None
 
     @classmethod
     @abstractmethod

@@ -35,7 +35,7 @@ from engine.hardware import (
     measure,
 )
 from engine.loading import Description, count_text_parameters, describe
-from engine.output import Target, sample_of, writer_for
+from engine.output import Target, target_of, writer_for
 from engine.plan.needs import DryRun, Needs
 from engine.plan.parts import CodecMode
 from engine.plan.refusal import refusal
@@ -135,22 +135,21 @@ def make_plan(
     dry_run.limit_bytes = int(1e9 * limit_gb) if limit_gb else free_memory_bytes(mesh)
     if loaded and not limit_gb:
         dry_run.limit_bytes += sum(dry_run.weights(settings, mesh.size).values())
-    disk_bytes = min(mesh.gather_objects(free_disk_bytes(settings.output)))
-    target = _target(settings)
+    no_room = _no_room(settings, mesh)
 
     def simulated() -> tuple[Needs, str | None] | None:
         if mesh.rank > 0:
             return None
         needs = dry_run.needs(settings, mesh.size)
-        no_file = _disk_refusal(target, mesh.size, disk_bytes) or _whole_refusal(target)
-        return needs, no_file or refusal(dry_run, settings, needs)
+        return needs, no_room or refusal(dry_run, settings, needs)
 
     made = mesh.gather_objects(mesh.agree(simulated))[0]
     assert made is not None, "rank 0 has simulated"
     needs, no_fit = made
     # Not before: ranks that wait for rank 0 would have the cores to themselves.
     speeds = measure(mesh, dtype, model.unet["block_out_channels"][1]) if timed else None
-    return Plan(needs, speeds, dry_run.limit_bytes, disk_bytes, target, no_fit)
+    disk_bytes = min(mesh.gather_objects(free_disk_bytes(settings.output)))
+    return Plan(needs, speeds, dry_run.limit_bytes, disk_bytes, target_of(settings), no_fit)
 
 
 def _describe(settings: Settings) -> Description:
@@ -171,9 +170,21 @@ def dtype_of(settings: Settings, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def _target(settings: Settings) -> Target:
-    sample = sample_of(settings.output, settings.file)
-    return Target(settings.output, settings.height, settings.width, sample, settings.file)
+def require_room(settings: Settings, mesh: Mesh) -> None:
+    """Refuses a file for which there is no room on the disk. Every rank makes the call.
+
+    Raises:
+        UserError: or, where the format is encoded whole, in memory.
+    """
+    if (said := _no_room(settings, mesh)) is not None:
+        raise UserError(said)
+
+
+def _no_room(settings: Settings, mesh: Mesh) -> str | None:
+    target = target_of(settings)
+    disk_bytes = min(mesh.gather_objects(free_disk_bytes(settings.output)))
+    refusals = _disk_refusal(target, mesh.size, disk_bytes) or _whole_refusal(target)
+    return mesh.gather_objects(refusals)[0]
 
 
 def _disk_bytes(target: Target, ranks: int) -> float:
