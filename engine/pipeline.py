@@ -96,7 +96,7 @@ class Engine:
         self._settings = settings
         # Nobody else writes what is known about the picture.
         model, is_first = Description.of(pipe), mesh.rank == 0
-        files = mesh.agree(lambda: _files(settings, model) if settings and is_first else {})
+        files = mesh.agree(lambda: _weights(settings, model) if settings and is_first else {})
         self._hashes = provenance.Hashes(files)
         self._plans = {} if plan is None or settings is None else {_planned(settings): plan}
         self._exchange = exchange
@@ -417,10 +417,16 @@ def _named_weights(settings: Settings, model: Description) -> dict[str, str]:
 
 def _files(settings: Settings, model: Description) -> dict[str, dict[str, Path]]:
     """All files that the picture comes from, by what they are, as far as they are here."""
+    source = settings.ladder.upscale
+    return _weights(settings, model) | (
+        {"ladder.upscale": {source.name: source}} if source is not None else {}
+    )
+
+
+def _weights(settings: Settings, model: Description) -> dict[str, dict[str, Path]]:
+    """The files of the model's weights and of its LinFusion modules', as far as they are here."""
     named = _named_weights(settings, model)
     files = {kind: weight_files(name) for kind, name in named.items()}
-    if (source := settings.ladder.upscale) is not None:
-        files["ladder.upscale"] = {source.name: source}
     return {kind: found for kind, found in files.items() if found}
 
 
@@ -440,8 +446,9 @@ def _require_hashes(
 
     def look() -> list[str]:
         files = _files(settings, model) if model and wanted and mesh.rank == 0 else {}
-        for kind in wanted.keys() & files.keys():
-            provenance.require_hash(kind, wanted[kind], files[kind])
+        for kind, sha256 in wanted.items():
+            if kind in files:
+                provenance.require_hash(kind, sha256, files[kind])
         return [kind for kind in wanted if kind not in files]
 
     return mesh.gather_objects(mesh.agree(look))[0]
