@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-long browser lint clean
+.PHONY: demo test test-long browser schedulers lint clean
 
 # Paint the configs/demo.yaml landscape: one rank a GPU, or two ranks that share the cores.
 demo: $(READY)
@@ -25,6 +25,11 @@ browser:
 	command -v chromium && command -v chromedriver || \
 	    { apt-get update -q && apt-get install -qy --no-install-recommends chromium chromium-driver; }
 	npm install --silent --prefix .browser openseadragon@6.1
+
+# What tests/test_slurm.py starts a cluster of, and is skipped without: on Debian, as root.
+schedulers:
+	command -v slurmctld && command -v munged || \
+	    { apt-get update -q && apt-get install -qy --no-install-recommends slurm-wlm munge; }
 
 lint: $(READY)
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure

@@ -24,6 +24,7 @@ from pydantic import (
 from engine.parsing import UserError, parse
 
 __all__ = [
+    "CheckpointSettings",
     "CodecSettings",
     "FileSettings",
     "LadderSettings",
@@ -324,6 +325,20 @@ class FileSettings(Group):
         return {} if self.tiles == "jpg" else {"quality": "file.tiles jpg"}
 
 
+class CheckpointSettings(Group):
+    """What is kept of a picture in the making, so that an interrupted job can go on."""
+
+    every: Whole = Field(
+        default=0,
+        ge=0,
+        description="Steps from one checkpoint to the next; with 0 there is one at the end of each "
+        "rung, and when the job is told to stop.",
+    )
+    folder: Path | None = Field(
+        default=None, description="Where checkpoints are; by default beside the picture."
+    )
+
+
 class Settings(BaseModel):
     """Paint one picture from a sentence, on as many ranks as the launcher started."""
 
@@ -389,6 +404,19 @@ class Settings(BaseModel):
         default=MemorySettings(), description="How to live in little memory."
     )
     file: FileSettings = Field(default=FileSettings(), description="How the picture is written.")
+    checkpoint: CheckpointSettings = Field(
+        default=CheckpointSettings(), description="What is kept of a picture in the making."
+    )
+    resume: bool = Field(
+        default=False,
+        description="Go on from the checkpoint of an interrupted job, on any number of ranks; a "
+        "picture that is finished is left alone.",
+    )
+    progress: Literal["auto", "bars", "plain", "openjd", "alf", "json", "none"] = Field(
+        default="auto",
+        description="How to say how far it is: 'auto' is bars on a terminal, the others are lines "
+        "for machines.",
+    )
     plan: bool = Field(
         default=False,
         description="Only say what it would take: rows, memory, bytes, disk, and time.",
@@ -398,6 +426,11 @@ class Settings(BaseModel):
         gt=0,
         le=30 * 24 * 3600.0,
         description="Seconds after which a rank that waits for another one gives up.",
+    )
+    stall_s: Real = Field(
+        default=300.0,
+        gt=0,
+        description="Seconds without any progress after which the job fails and names the rank.",
     )
 
     @model_validator(mode="after")
@@ -418,6 +451,15 @@ class Settings(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _no_stale_checkpoints(self) -> Self:
+        if self.checkpoint.every and self.mesh.synchronisation == "displaced":
+            raise ValueError(
+                "checkpoint.every would lose what is on its way between ranks in displaced mode: "
+                "leave it out, there is a checkpoint at the end of each rung"
+            )
+        return self
+
     @classmethod
     def load(
         cls,
@@ -435,6 +477,7 @@ class Settings(BaseModel):
         """Everything that determines the picture, for the picture's metadata. JSON-able."""
         elsewhere = {"output", "device", "timeout_s", "mesh", "memory", "plan", "codec", "ladder"}
         elsewhere |= {"file", "model_sha256", "linfusion_sha256"}
+        elsewhere |= {"checkpoint", "resume", "progress", "stall_s"}
         facts = self.model_dump(mode="json", exclude=elsewhere)
         facts |= {"codec": self.codec.effective(), "ladder": self.ladder.effective()}
         if self.mesh.synchronisation != "exact":

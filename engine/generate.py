@@ -6,50 +6,120 @@
     torchrun --nproc_per_node 8 -m engine.generate --config configs/sdxl_16k.yaml --plan
 
 Every setting is a flag and a key of the YAML file (`--help` lists them; `engine.config` has them).
-A user's mistake is one sentence on rank 0 and exit code 2 on every rank.
+What happens is said on rank 0, in one sentence, and by the exit code of every rank:
+
+    0     done
+    2     a user's mistake
+    3     a failure, such as a rank that is gone
+    75    told to stop (SIGTERM, SIGINT), and stopped: `--resume` goes on
+
+`torchrun` itself turns every code but 0 into 1; `python -m launch` keeps them.
 """
 
 import contextlib
 import io
 import logging
+import os
+import socket
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from engine.bands import Mesh, is_first_process, open_mesh
 from engine.config import Settings, UserError
+from engine.progress import DIALECTS, Progress, silent
 from engine.provenance import read_config
+from engine.signals import STOPPED, note_signals
+from engine.watch import FAILED, NoWatch, Watch, watching
 
 if TYPE_CHECKING:
-    from engine.pipeline import Picture
-    from engine.plan import Plan
+    from engine.keeper import Control
+
+MISTAKEN = 2
+
+
+class _Failed(Exception):
+    """Said already. It leaves the mesh as it is: with a rank gone, taking leave could wait."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    try:
+        return _main(argv)
+    except _Failed:
+        return FAILED
+
+
+def _main(argv: Sequence[str] | None) -> int:
     settings, mistake = _read_settings(argv)
+    told = note_signals()
     with open_mesh(settings.timeout_s) as mesh:
+        watch: Watch | NoWatch = NoWatch()
         try:
-            mesh.agree(lambda: _raise(mistake))
-            done = _paint(settings, mesh)
-        except UserError as error:
-            if mesh.rank == 0:
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            # torchrun ends all ranks as soon as one has exited: first let rank 0 have its say.
-            mesh.barrier()
-            return 2
+            with watching(mesh, settings.stall_s) as watch:
+                code, said = _run(settings, mistake, mesh, watch, told)
+                mesh.barrier()
+        except Exception as error:  # of whichever layer: every rank must come to its end
+            said = watch.explain() or f"rank {mesh.rank} on host {socket.gethostname()}: {error}"
+            traceback.print_exc()
+            print(f"error: {said}", file=sys.stderr, flush=True)
+            raise _Failed from error
         if mesh.rank == 0:
-            print(done, flush=True)
-    return 0
+            out = sys.stderr if code else sys.stdout
+            print(f"error: {said}" if code == MISTAKEN else said, file=out, flush=True)
+        # torchrun ends all ranks as soon as one has exited: first let rank 0 have its say.
+        mesh.barrier()
+    return code
 
 
-def _paint(settings: Settings, mesh: Mesh) -> "Picture | Plan":
+def _run(
+    settings: Settings,
+    mistake: UserError | None,
+    mesh: Mesh,
+    watch: Watch | NoWatch,
+    told: Callable[[], bool],
+) -> tuple[int, str]:
+    """(exit code, what to say), the same on every rank."""
+    try:
+        mesh.agree(lambda: _raise(mistake))
+        return _paint(settings, mesh, watch, told)
+    except UserError as error:
+        return MISTAKEN, str(error)
+
+
+def _paint(
+    settings: Settings, mesh: Mesh, watch: Watch | NoWatch, told: Callable[[], bool]
+) -> tuple[int, str]:
     """The picture, or with `--plan` what it would take."""
     # diffusers and transformers take seconds to import; a mistyped flag should not wait for them.
+    _quiet(mesh)
+    from engine.checkpoint import is_finished, pinned
+    from engine.keeper import Interrupted
+    from engine.pipeline import Engine, plan_job
+
+    if settings.plan:
+        plan = plan_job(settings, mesh)
+        if plan.refusal and mesh.rank == 0:
+            print(plan, flush=True)
+        plan.check()
+        return 0, str(plan)
+    if settings.resume:
+        if mesh.agree(lambda: is_finished(settings)):
+            return 0, f"{settings.output}: is finished already, nothing to do"
+        settings = mesh.agree(lambda: pinned(settings))
+    try:
+        engine = Engine.load(settings, mesh, _control(settings, mesh, watch, told))
+        return 0, str(engine.generate(settings))
+    except Interrupted as stopped:
+        return STOPPED, str(stopped)
+
+
+def _quiet(mesh: Mesh) -> None:
+    """Libraries' warnings and loading bars, once: rank 0 speaks for all."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
-    # Their warnings and loading bars, once: rank 0 speaks for all.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
@@ -59,15 +129,21 @@ def _paint(settings: Settings, mesh: Mesh) -> "Picture | Plan":
     else:
         diffusers.utils.logging.set_verbosity_error()
 
-    from engine.pipeline import Engine, plan_job
 
-    if settings.plan:
-        plan = plan_job(settings, mesh)
-        if plan.refusal and mesh.rank == 0:
-            print(plan, flush=True)
-        plan.check()
-        return plan
-    return Engine.load(settings, mesh).generate(settings)
+def _control(
+    settings: Settings, mesh: Mesh, watch: Watch | NoWatch, told: Callable[[], bool]
+) -> "Control":
+    """Rank 0 tells of progress; each rank's watch knows what it is doing."""
+    from engine.keeper import Control
+
+    dialect = "bars" if settings.progress == "auto" else settings.progress
+    listener = DIALECTS[dialect]() if mesh.rank == 0 else silent
+
+    def tell(progress: Progress) -> None:
+        watch.doing(str(progress))
+        listener(progress)
+
+    return Control(tell, told)
 
 
 def _raise(mistake: UserError | None) -> None:
@@ -90,4 +166,8 @@ def _read_settings(argv: Sequence[str] | None) -> tuple[Settings, UserError | No
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # At once: threads that still wait for a store or a socket must not be in the interpreter's way.
+    os._exit(code)

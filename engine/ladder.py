@@ -236,7 +236,7 @@ def begin_base(
     rung: Rung, scheduler: Any, generator: torch.Generator, like: Tensor, channels: int
 ) -> State:
     """Pure noise of the base rung's size; `like` has the device and dtype for it."""
-    scheduler = _fresh(scheduler, rung, like.device)
+    scheduler = fresh_scheduler(scheduler, rung, like.device)
     shape = (1, channels, rung.height // 8, rung.width // 8)
     noise = randn_tensor(shape, generator=generator, device=like.device, dtype=like.dtype)
     return State(0, 0, noise * scheduler.init_noise_sigma, scheduler, generator)
@@ -256,7 +256,7 @@ def begin_rung(
         scheduler: of any state; it is copied without what it remembers.
         below: the state that the reference was made of, or None if it is the user's picture.
     """
-    scheduler = _fresh(scheduler, rung, reference.device)
+    scheduler = fresh_scheduler(scheduler, rung, reference.device)
     noise = randn_tensor(
         reference.shape, generator=generator, device=reference.device, dtype=reference.dtype
     )
@@ -269,8 +269,8 @@ def begin_rung(
     return State(rung.index, 0, latent, scheduler, generator, reference, noise, anchor, colours)
 
 
-def _fresh(scheduler: Any, rung: Rung, device: torch.device) -> Any:
-    """A scheduler of the same configuration that has not made a step yet."""
+def fresh_scheduler(scheduler: Any, rung: Rung, device: torch.device) -> Any:
+    """A scheduler of the same configuration that has not made a step of the rung yet."""
     fresh = type(scheduler).from_config(scheduler.config)
     fresh.set_timesteps(rung.steps, device=device)
     if rung.index and hasattr(fresh, "set_begin_index"):
@@ -286,7 +286,7 @@ def _timesteps(scheduler: Any, rung: Rung) -> Tensor:
 
 def calls(scheduler: Any, rung: Rung) -> int:
     """How often the rung's strategy steps: what a progress bar counts."""
-    return len(_timesteps(_fresh(scheduler, rung, torch.device("cpu")), rung))
+    return len(_timesteps(fresh_scheduler(scheduler, rung, torch.device("cpu")), rung))
 
 
 def channel_statistics(latent: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ from engine.bands.boundary import downsampling_factor
 from engine.colours import keep_colours, thumbnail, thumbnail_size
 from engine.config import Group, Settings, UserError
 from engine.diffusion import Conditions, Denoiser, encode
+from engine.keeper import Control, Keeper
 from engine.ladder import Rung
 from engine.loading import (
     Description,
@@ -45,7 +46,6 @@ from engine.loading import (
 from engine.output.seams import Seams
 from engine.parallel import PipelineBoundary, distribute, lay_out, require_same_versions, share_out
 from engine.plan import Plan, dtype_of, make_plan, require_room
-from engine.progress import progress_bar
 from engine.saving import save
 
 logger = logging.getLogger(__name__)
@@ -85,12 +85,14 @@ class Engine:
         exchange: Callable[[Mesh, Traffic], Exchange] = ExactExchange,
         settings: Settings | None = None,
         plan: Plan | None = None,
+        control: Control | None = None,
     ) -> None:
         """Distribute `pipe` over `mesh`; `groups` and `exchange` as in `engine.distribute`.
 
         `settings` are those that `pipe` was loaded with, where it was loaded by settings, and
-        `plan` is what was planned for them.
+        `plan` is what was planned for them. `control` is told of progress.
         """
+        self.control = control or Control()
         self.pipe = pipe
         self.mesh = mesh
         self._settings = settings
@@ -108,7 +110,7 @@ class Engine:
             memory.apply(pipe.unet, _memory_options(settings), mesh)
 
     @classmethod
-    def load(cls, settings: Settings, mesh: Mesh) -> Self:
+    def load(cls, settings: Settings, mesh: Mesh, control: Control | None = None) -> Self:
         """Load the model that `settings` name and share it out over the ranks.
 
         Raises:
@@ -138,20 +140,28 @@ class Engine:
         if plan is None:  # of a single file, nothing is known before
             plan = _plan(settings, mesh, Description.of(pipe), loaded=True)
             plan.check()
-        return cls(pipe, mesh, axes.groups, _exchange(settings), settings, plan)
+        return cls(pipe, mesh, axes.groups, _exchange(settings), settings, plan, control)
 
     def generate(self, settings: Settings) -> Picture:
         """Paint the picture of `settings` and write it to `settings.output`.
 
+        With `settings.resume` it goes on from where an interrupted job has stopped.
+
         Raises:
-            UserError: the picture cannot be split over this many ranks or not be written.
+            UserError: the picture cannot be split over this many ranks or not be written, or the
+                checkpoint is of other settings.
+            Interrupted: `control.should_stop` said so, on some rank.
         """
         self._require_loaded(settings)
         self.mesh.agree(lambda: _check_output(settings))
         require_room(settings, self.mesh)
         start, sent_before = time.perf_counter(), self.traffic.megabytes
         for_the_file = Traffic()
-        seams = self._write(settings, *self._samples(settings), for_the_file)
+        keeper = self._keeper(settings)
+        rows, samples = self._samples(settings, keeper)
+        keeper.phase("writing")
+        seams = self._write(settings, rows, samples, for_the_file)
+        self.mesh.agree(keeper.finish)
         if seams is not None and self.mesh.rank == 0:
             logger.log(logging.WARNING if seams.visible else logging.INFO, "%s", seams)
         return Picture(
@@ -171,9 +181,12 @@ class Engine:
             if getattr(settings, name) != getattr(self._settings, name):
                 raise UserError(f"{name} differs from what was loaded: load another Engine for it")
 
-    def _samples(self, settings: Settings) -> tuple[range, np.ndarray]:
+    @torch.no_grad()
+    def _samples(self, settings: Settings, keeper: Keeper) -> tuple[range, np.ndarray]:
         """This rank's rows of the finished picture as the file takes them, [h, W, 3]."""
-        rows, pixels = self.paint(settings)
+        state = self._climb_all(settings, keeper)
+        keeper.phase("decoding")
+        rows, pixels = self._pixels(settings, state, settings.height)
         sample = output.sample_of(settings.output, settings.file)
         return rows, codec.to_samples(pixels, sample)[0].cpu().numpy()
 
@@ -188,7 +201,16 @@ class Engine:
         """The latent [1, C, H / 8, W / 8] of the finished picture, the same on every rank."""
         return self._climb_all(settings).latent
 
-    def _climb_all(self, settings: Settings) -> ladder.State:
+    def _keeper(self, settings: Settings) -> Keeper:
+        rungs = self.mesh.agree(lambda: _rungs(settings, Description.of(self.pipe)))
+        # What saves memory or shares out the work may be another when the job goes on.
+        elsewhere = {"mesh", "memory", "file"} - settings.provenance().keys()
+        repeatable = self._repeatable(settings)
+        facts = {name: repeatable[name] for name in repeatable.keys() - elsewhere}
+        scheduler = self.pipe.scheduler
+        return Keeper(settings, self.mesh, scheduler, rungs, facts, self.control)
+
+    def _climb_all(self, settings: Settings, keeper: Keeper | None = None) -> ladder.State:
         """From the base, or from the picture that is to be upscaled, to the last rung's end."""
         rungs = self.mesh.agree(lambda: _rungs(settings, Description.of(self.pipe)))
         scheduler = self.pipe.scheduler
@@ -197,15 +219,19 @@ class Engine:
             # Every rank draws the whole noise from the same CPU generator: no rank count, no
             # device changes it.
             generator = torch.Generator("cpu").manual_seed(settings.seed)
-            state = None
-            for rung in rungs[1:] if settings.ladder.upscale else rungs:
-                if rung.index == 0:
+            state = keeper.resumed() if keeper else None
+            first = state.rung if state else int(settings.ladder.upscale is not None)
+            for rung in rungs[first:]:
+                if state is not None and state.rung == rung.index:
+                    pass  # goes on
+                elif rung.index == 0:
                     state = self._begin_base(rung, generator)
                 else:
                     below = rungs[rung.index - 1]
                     reference, colours = self._enlarge(settings, state, below, rung)
+                    generator = state.generator if state else generator
                     state = ladder.begin_rung(rung, scheduler, reference, generator, state, colours)
-                self._climb(settings, conditions, state, rung, len(rungs))
+                self._climb(settings, conditions, state, rung, keeper)
         assert state is not None, "a ladder has a base or a rung"
         return state
 
@@ -280,15 +306,19 @@ class Engine:
         """What goes from latents of that rung to pixels and back; "auto" is as the plan says."""
         if (asked := settings.codec.asked(rung)) != "auto":
             return codec.choose(settings.codec, asked)
+        return codec.choose(settings.codec, self._planned(settings).codecs[rung])
+
+    def _planned(self, settings: Settings) -> Plan:
+        """The plan for pictures like this one, made when first asked for. Every rank asks."""
         if (job := _planned(settings)) not in self._plans:
             model = Description.of(self.pipe)
             self._plans[job] = make_plan(settings, self.mesh, model, loaded=True, timed=False)
             self._plans[job].check()
-        return codec.choose(settings.codec, self._plans[job].codecs[rung])
+        return self._plans[job]
 
     def _codecs_used(self, settings: Settings) -> list[str]:
         """What the codec of each rung came to: "auto" depends on how much memory there was."""
-        codecs = self._plans[_planned(settings)].codecs
+        codecs = self._planned(settings).codecs
         # A picture to be upscaled is a base without one.
         return [codecs.get(rung, "exact") for rung in range(max(codecs) + 1)]
 
@@ -298,7 +328,7 @@ class Engine:
         conditions: Conditions,
         state: ladder.State,
         rung: Rung,
-        count: int,
+        keeper: Keeper | None,
     ) -> None:
         """Denoise one rung, as many ranks sharing it as it has bands."""
         guided = len(conditions.embeddings) == 2 and rung.guidance_scale > 1
@@ -307,10 +337,8 @@ class Engine:
         in_turn = settings.memory.guidance_in_turn
         self._lay_out(settings, rung, guided and not in_turn)
         model = Denoiser(self.pipe, conditions, rung.guidance_scale, in_turn)
-        title = "painting" if count == 1 else f"{rung} px, rung {rung.index} of {count - 1}"
-        total = ladder.calls(state.scheduler, rung)
-        with progress_bar(title, total, enabled=self.mesh.rank == 0) as advance:
-            ladder.climb(model, state, rung, settings.ladder, lambda _: advance())
+        on_step = keeper.step if keeper else lambda state: None
+        ladder.climb(model, state, rung, settings.ladder, on_step)
 
     def _lay_out(self, settings: Settings, rung: Rung, guided: bool) -> None:
         """Share the rung out over the ranks; a small one has fewer bands than there are ranks."""

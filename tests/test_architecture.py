@@ -15,7 +15,7 @@ FLOORS = {
     "engine.output": 2,
     "engine.provenance": 3,
     "engine.saving": 3,
-    "engine.inspect": 8,
+    "engine.inspect": 4,
     "engine.progress": 2,
     "engine.linfusion": 3,
     "engine.parallel": 3,
@@ -26,12 +26,16 @@ FLOORS = {
     "engine.colours": 4,
     "engine.diffusion": 4,
     "engine.loading": 4,
+    "engine.watch": 3,
+    "engine.signals": 0,
     "engine.ladder": 5,
+    "engine.checkpoint": 6,
+    "engine.keeper": 7,
     "engine.plan": 6,
-    "engine.pipeline": 7,
-    "engine.generate": 8,
+    "engine.pipeline": 8,
+    "engine.generate": 9,
 }
-TRAINING_FLOOR = 8  # engine.demo.train and what is around it: a command of its own
+TRAINING_FLOOR = 9  # engine.demo.train and what is around it: a command of its own
 MODULES = sorted(ENGINE.rglob("*.py"))
 
 

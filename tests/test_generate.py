@@ -335,7 +335,7 @@ def fail_with_full_disk(part):
     raise OSError(28, "No space left on device")
 
 
-def test_a_full_disk_on_one_rank_ends_all_and_leaves_nothing(tiny_model, tmp_path):
+def test_a_full_disk_on_one_rank_ends_all_and_leaves_what_was_painted(tiny_model, tmp_path):
     target = tmp_path / "a.png"
     results = run_ranks(2, paint_onto_a_full_disk, tiny_model, target)
     assert [code for code, _, _ in results] == [2, 2]
@@ -343,7 +343,11 @@ def test_a_full_disk_on_one_rank_ends_all_and_leaves_nothing(tiny_model, tmp_pat
         f"error: {target}: writing failed (no space left on device); free some space or name "
         "another folder"
     )
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == [".a.png.checkpoint"]
+    resumed = run(2, "--model", tiny_model, "--output", target, "--height=64", "--width=64",
+                  "--steps=1", "--resume")  # fmt: skip
+    assert [code for code, _, _ in resumed] == [0, 0]
+    assert os.listdir(tmp_path) == ["a.png"]
 
 
 @pytest.mark.slow

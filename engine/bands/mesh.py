@@ -58,6 +58,14 @@ class Mesh:
             )
         return replace(self, device=device)
 
+    def any(self, flag: bool) -> bool:
+        """Whether it holds on some rank; the same answer on all."""
+        if self.group is None:
+            return flag
+        total = torch.tensor([int(flag)])
+        dist.all_reduce(total, group=self.group)
+        return bool(total.item())
+
     def barrier(self) -> None:
         """Wait for every rank."""
         self.gather_objects(None)
@@ -210,6 +218,11 @@ def join_mesh(timeout_s: float = 600.0) -> Mesh:
 def is_first_process() -> bool:
     """Whether this process is the one that speaks, known before any group exists."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def first_host() -> str:
+    """Where the other processes find the host of rank 0, by the launcher's word."""
+    return os.environ.get("MASTER_ADDR", "localhost")
 
 
 def _choose_device(wanted: str) -> torch.device:

@@ -1,0 +1,28 @@
+"""Told to stop: SIGTERM and SIGINT are noted, and the job stops where that costs least.
+
+    told = note_signals()
+    ... told() ...        True once a signal has come
+
+Schedulers send SIGTERM before they kill, some of them twice, and torchrun passes it on to every
+rank. A rank must not die of it: the others would wait for it. So it is noted, and asked for after
+each step (`engine.keeper`). A second one, while the process is on its way out, is noted too.
+"""
+
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+STOPPED = 75
+"""exit code of a job that was told to stop: EX_TEMPFAIL of sysexits.h, try again"""
+
+
+def note_signals() -> Callable[[], bool]:
+    """From now on SIGTERM and SIGINT only make what is returned say True. For the main thread."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return lambda: bool(received)

@@ -1,0 +1,239 @@
+"""No rank waits for ever for another one: who has stopped, where, and what it was doing.
+
+    with watching(mesh, stall_s) as watch:
+        watch.doing("lake.png, rung 2, step 7 of 20")     # whenever there is progress
+
+Each rank has a thread that writes into a store of the job, twice a second, what the rank is doing,
+and for how long its program has not moved: that is, its stack is the same, down to the instruction,
+as it is while a call does not return, and it neither computes nor reads nor writes meanwhile (a
+wait for other ranks may compute, in circles). A rank that is killed or halted stops writing into
+the store. Where no rank moves, all but one wait for another, and that one is the culprit. Whichever
+live rank comes first in the order of ranks then says so in one line, and all end with exit code 3:
+
+    error: rank 3 on host node07 has stopped (killed or halted) while: lake.png, rung 2, step 7
+
+A collective that fails because a peer is gone raises in the middle of some layer. `explain` looks
+up in the store which rank it was, so that the line is the same however the others learn of it.
+The store is served by the first rank. If it is that one which has gone, nobody can ask it, and
+that tells who it was.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from engine import bands
+from engine.bands import Mesh
+from engine.bands.mesh import first_host
+
+FAILED = 3
+"""exit code of a job that failed"""
+
+BEAT_S = 0.5
+DEAD_S = 6.0
+"""without a beat for so long, a rank is not running"""
+_ANSWER_S = 4.0  # in which the store must answer
+_BUSY = 0.2  # of a core: the watch itself takes a little
+_EXCHANGES = Path(bands.__file__).parent
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank last said of itself.
+
+    Attributes:
+        count: of its beats: whoever reads it twice knows whether the rank is alive.
+        quiet_s: for how long its program has not moved.
+        waits: whether that is in an exchange with other ranks.
+    """
+
+    rank: int
+    host: str
+    doing: str
+    count: int
+    quiet_s: float
+    waits: bool
+    ended: bool = False
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on host {self.host}"
+
+
+class Watch:
+    """One rank's part in the watch; see the module docstring.
+
+    Args:
+        stall_s: without progress for that long, a rank counts as hanging.
+        end: what to do when some rank has; by default the process ends at once.
+    """
+
+    def __init__(
+        self, mesh: Mesh, stall_s: float, end: Callable[[str], object] | None = None
+    ) -> None:
+        self._mesh, self._stall_s, self._end = mesh, stall_s, end or _end
+        self._host = socket.gethostname()
+        self._doing, self._watched = "starting", threading.get_ident()
+        self._stack: tuple[object, ...] = ()
+        self._since = self._looked = time.monotonic()
+        self._work: tuple[float, int] = (0.0, 0)
+        self._count, self._over = 0, threading.Event()
+        self._last: dict[int, Beat] = {}
+        self._heard: dict[int, float] = {}  # when each rank's last beat came
+        self._store, self._answered = _open_store(mesh), time.monotonic()
+        self._tell()
+        mesh.barrier()
+        self._ask()
+        self._threads = [
+            threading.Thread(target=target, name="watch", daemon=True)
+            for target in (self._talk, self._judge)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def doing(self, what: str) -> None:
+        """This is what the rank does from now on, in words."""
+        self._doing = what
+
+    def close(self) -> None:
+        """This rank has come to its end in good order, and none has to wait for its beats."""
+        self._over.set()
+        for thread in self._threads:
+            thread.join(timeout=2 * DEAD_S)
+        self._tell(ended=True)
+
+    def explain(self, wait_s: float = DEAD_S + 2.0) -> str | None:
+        """Which rank is gone, said after a failure; None if all are there."""
+        deadline = time.monotonic() + wait_s
+        while time.monotonic() < deadline:
+            if (said := self._verdict()) is not None:
+                return said
+            time.sleep(BEAT_S)
+        return None
+
+    # --- two threads ------------------------------------------------------------------------------
+
+    def _talk(self) -> None:
+        """Tell, and ask what the others tell. A call to a store that is gone may never return."""
+        while not self._over.wait(BEAT_S):
+            with suppress(RuntimeError):  # torch's errors of a store are all of this kind
+                self._tell()
+                self._ask()
+
+    def _judge(self) -> None:
+        """Ends the process when something is wrong with the job."""
+        while not self._over.wait(BEAT_S):
+            if (said := self._verdict()) is not None and not self._over.is_set():
+                self._end(said if self._speaks() else "")
+                return
+
+    def _tell(self, ended: bool = False) -> None:
+        quiet, waits = self._look()
+        self._count += 1
+        beat = Beat(self._mesh.rank, self._host, self._doing, self._count, quiet, waits, ended)
+        self._store.set(f"beat/{self._mesh.rank}", json.dumps(asdict(beat)))
+
+    def _ask(self) -> None:
+        for rank in range(self._mesh.size):
+            beat = Beat(**json.loads(self._store.get(f"beat/{rank}")))
+            if rank not in self._last or self._last[rank].count != beat.count:
+                self._heard[rank] = time.monotonic()
+            self._last[rank] = beat
+        self._answered = time.monotonic()
+
+    def _look(self) -> tuple[float, bool]:
+        """For how long the watched program has not moved, and whether it waits for other ranks."""
+        frame = top = sys._current_frames().get(self._watched)
+        stack: list[object] = []
+        while frame is not None:
+            stack.append((id(frame.f_code), frame.f_lasti))
+            frame = frame.f_back
+        file = Path(top.f_code.co_filename) if top else Path()
+        waits = file.parent == _EXCHANGES or "distributed" in file.parts
+        works = self._works()
+        if tuple(stack) != self._stack or (works and not waits):
+            self._stack, self._since = tuple(stack), time.monotonic()
+        return time.monotonic() - self._since, waits
+
+    def _works(self) -> bool:
+        """Whether this process has computed, or read or written a disk, since the last look."""
+        now, disk = time.monotonic(), psutil.Process().io_counters()
+        work = time.process_time(), disk.read_bytes + disk.write_bytes
+        computed, moved = work[0] - self._work[0], work[1] - self._work[1]
+        passed, self._looked, self._work = now - self._looked, now, work
+        return computed > _BUSY * passed or moved > 0
+
+    def _verdict(self) -> str | None:
+        """What is wrong with the job, if anything is."""
+        now = time.monotonic()
+        if now - self._answered > DEAD_S:
+            gone = self._last[0]  # whose store it is
+            return None if gone.ended else _stopped(gone)
+        running = [beat for beat in self._last.values() if not beat.ended]
+        for beat in running:
+            if now - self._heard[beat.rank] > DEAD_S:
+                return _stopped(beat)
+        if running and all(beat.quiet_s > self._stall_s for beat in running):
+            # The others wait for it.
+            last = min(running, key=lambda beat: (beat.waits, -beat.quiet_s))
+            return f"{last} has not moved for {last.quiet_s:.0f} s while: {last.doing}"
+        return None
+
+    def _speaks(self) -> bool:
+        """Whether this is the first rank that is alive."""
+        now = time.monotonic()
+        if now - self._answered > DEAD_S:
+            return self._mesh.rank == 1  # the first one is gone, and nothing is heard of others
+        alive = [rank for rank, at in self._heard.items() if now - at <= DEAD_S]
+        return self._mesh.rank == min([*alive, self._mesh.rank])
+
+
+def _stopped(beat: Beat) -> str:
+    return f"{beat} has stopped (killed or halted) while: {beat.doing}"
+
+
+def _open_store(mesh: Mesh) -> TCPStore:
+    """A store that the first rank serves, and of which all others know the place."""
+    options: dict[str, Any] = {"wait_for_workers": False, "timeout": timedelta(seconds=_ANSWER_S)}
+    served = TCPStore("0.0.0.0", 0, is_master=True, **options) if mesh.rank == 0 else None
+    port = mesh.gather_objects(served.port if served else 0)[0]
+    return served or TCPStore(first_host(), port, is_master=False, **options)
+
+
+def _end(said: str) -> None:
+    if said:
+        print(f"error: {said}", file=sys.stderr, flush=True)
+    os._exit(FAILED)
+
+
+class NoWatch:
+    """A single rank has nobody to wait for."""
+
+    def doing(self, what: str) -> None:
+        """As `Watch`."""
+
+    def explain(self) -> str | None:
+        """As `Watch`."""
+        return None
+
+
+@contextmanager
+def watching(mesh: Mesh, stall_s: float) -> Iterator[Watch | NoWatch]:
+    """A watch over the ranks of `mesh` while the block runs. Every rank makes the call."""
+    if mesh.size == 1:
+        yield NoWatch()
+        return
+    watch = Watch(mesh, stall_s)
+    yield watch
+    watch.close()

@@ -1,0 +1,157 @@
+"""A rank that dies, halts or hangs is named by the others, in bounded time."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from engine import watch
+from engine.watch import Watch, watching
+from tests.ranks import run_ranks, started_ranks
+
+
+def quick():
+    """Beats and bounds of a watch that has little patience."""
+    watch.BEAT_S, watch.DEAD_S = 0.05, 1.0
+
+
+def end_well(mesh):
+    quick()
+    with watching(mesh, 60) as over:
+        over.doing("painting")
+        mesh.barrier()
+    return True
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_ranks_that_end_well_are_left_alone(ranks):
+    assert run_ranks(ranks, end_well) == [True] * ranks
+
+
+def tell_and_end(folder, mesh, said):
+    """With a rank gone, nobody can take leave of all others in good order."""
+    part = folder / f"{mesh.rank}.part"
+    part.write_text(said)
+    part.rename(folder / str(mesh.rank))
+    os._exit(0)
+
+
+def told(folder, ranks):
+    """What each of `ranks` has said, once they have."""
+    deadline = time.monotonic() + 60
+    while not all((folder / str(rank)).exists() for rank in ranks):
+        assert time.monotonic() < deadline, "nobody noticed"
+        time.sleep(0.05)
+    return [(folder / str(rank)).read_text() for rank in ranks]
+
+
+def wait_and_tell(mesh, folder, victim, how):
+    """What the others say when one rank stops being there."""
+    quick()
+    said = []
+    over = Watch(mesh, 60, end=said.append)
+    over.doing("counting sheep")
+    mesh.barrier()
+    time.sleep(3 * watch.BEAT_S)  # until all have said so
+    if mesh.rank == victim:
+        how()
+    while not said:
+        time.sleep(0.05)
+    tell_and_end(folder, mesh, said[0])
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def halt():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.parametrize("how", [die, halt])
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_rank_that_is_gone_is_named_by_the_first_of_the_others(tmp_path, how, victim):
+    with started_ranks(3, wait_and_tell, tmp_path, victim, how):
+        first, other = told(tmp_path, sorted({0, 1, 2} - {victim}))
+    assert first.startswith(f"rank {victim} on host ")
+    assert first.endswith("has stopped (killed or halted) while: counting sheep")
+    assert other == ""
+
+
+def hang_or_wait(mesh, victim):
+    """One rank sleeps in a call that does not return; the others wait for it in a collective."""
+    quick()
+    said = []
+    over = Watch(mesh, 1.5, end=lambda text: (said.append(text), os._exit(3)))
+    over.doing("painting")
+    if mesh.rank == victim:
+        over.doing("reading a disk that does not answer")
+        time.sleep(600)
+    mesh.barrier()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_hangs_ends_the_job(victim):
+    with started_ranks(2, hang_or_wait, victim) as (ranks, _):
+        for process in ranks:
+            process.join(30)
+        assert [process.exitcode for process in ranks] == [3, 3]
+
+
+def hang_and_tell(mesh):
+    quick()
+    said = []
+    over = Watch(mesh, 1.5, end=said.append)
+    over.doing("waiting" if mesh.rank else "reading a disk that does not answer")
+    if mesh.rank == 0:
+        time.sleep(4)
+    mesh.barrier()
+    return said
+
+
+def test_who_hangs_is_told_from_who_waits():
+    first, _ = run_ranks(2, hang_and_tell)
+    assert first[0].startswith("rank 0 on host ")
+    assert " has not moved for " in first[0]
+    assert first[0].endswith("while: reading a disk that does not answer")
+
+
+def work_for_long(mesh):
+    """Far longer than the watch has patience, but never in one call."""
+    quick()
+    said = []
+    over = Watch(mesh, 0.5, end=said.append)
+    deadline = time.monotonic() + 2
+    while time.monotonic() < deadline:
+        if mesh.rank == 0:
+            sum(range(1000))
+        else:
+            time.sleep(0.01)
+    mesh.barrier()
+    over.close()
+    return said
+
+
+def test_work_is_no_stall():
+    assert run_ranks(2, work_for_long) == [[], []]
+
+
+def explain_a_loss(mesh, folder):
+    quick()
+    over = Watch(mesh, 60, end=lambda said: None)
+    over.doing("painting")
+    mesh.barrier()
+    time.sleep(3 * watch.BEAT_S)
+    if mesh.rank == 1:
+        die()
+    try:
+        mesh.barrier()
+    except Exception:
+        tell_and_end(folder, mesh, over.explain(20))
+
+
+def test_a_failed_collective_is_explained(tmp_path):
+    with started_ranks(2, explain_a_loss, tmp_path):
+        (said,) = told(tmp_path, [0])
+    assert said.endswith("has stopped (killed or halted) while: painting")
