@@ -13,7 +13,7 @@ from tests.ranks import run_ranks, started_ranks
 
 def quick():
     """Beats and bounds of a watch that has little patience."""
-    watch.BEAT_S, watch.DEAD_S = 0.05, 1.0
+    watch.BEAT_S, watch.DEAD_S = 0.1, 5.0
 
 
 def end_well(mesh):
@@ -83,7 +83,7 @@ def hang_or_wait(mesh, victim):
     """One rank sleeps in a call that does not return; the others wait for it in a collective."""
     quick()
     said = []
-    over = Watch(mesh, 1.5, end=lambda text: (said.append(text), os._exit(3)))
+    over = Watch(mesh, 3.0, end=lambda text: (said.append(text), os._exit(3)))
     over.doing("painting")
     if mesh.rank == victim:
         over.doing("reading a disk that does not answer")
@@ -95,17 +95,17 @@ def hang_or_wait(mesh, victim):
 def test_a_rank_that_hangs_ends_the_job(victim):
     with started_ranks(2, hang_or_wait, victim) as (ranks, _):
         for process in ranks:
-            process.join(30)
+            process.join(90)
         assert [process.exitcode for process in ranks] == [3, 3]
 
 
 def hang_and_tell(mesh):
     quick()
     said = []
-    over = Watch(mesh, 1.5, end=said.append)
+    over = Watch(mesh, 3.0, end=said.append)
     over.doing("waiting" if mesh.rank else "reading a disk that does not answer")
     if mesh.rank == 0:
-        time.sleep(4)
+        time.sleep(9)
     mesh.barrier()
     return said
 
