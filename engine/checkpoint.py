@@ -15,13 +15,12 @@ that say otherwise are refused, with the first difference. What "auto" came to i
 another machine it could mean something else.
 """
 
-import logging
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -30,8 +29,6 @@ from torch import Tensor
 from engine import output, provenance
 from engine.config import Settings, UserError
 from engine.ladder import Rung, State, fresh_scheduler
-
-logger = logging.getLogger(__name__)
 
 _TENSORS = ("latent", "reference", "noise", "anchor", "colours")
 
@@ -47,22 +44,23 @@ class Checkpoint:
     """The checkpoint of one picture.
 
     Attributes:
-        facts: the settings that paint it again, whatever "auto" would mean elsewhere.
+        facts: tells the settings that paint it again, whatever "auto" would mean elsewhere, once
+            they are wanted: hashes of weights take their time.
     """
 
     path: Path
-    facts: Mapping[str, Any]
+    facts: Callable[[], Mapping[str, Any]]
 
     def save(self, state: State) -> None:
         """Replace what is there, once this is on disk. Raises OSError."""
         kept = {name: _on_host(getattr(state, name)) for name in _TENSORS}
-        kept |= {"rung": state.rung, "step": state.step, "facts": dict(self.facts)}
+        kept |= {"rung": state.rung, "step": state.step, "facts": dict(self.facts())}
         kept |= {"generator": state.generator.get_state(), "scheduler": _memory(state.scheduler)}
         temporary = self.path.with_name(f"{self.path.name}.tmp")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
-                torch.save(kept, file)
+                _write(kept, file)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self.path)
@@ -77,7 +75,7 @@ class Checkpoint:
         """
         if (kept := _read(self.path)) is None:
             return None
-        _require_same(self.path, kept["facts"], self.facts)
+        _require_same(self.path, kept["facts"], self.facts())
         rung = rungs[kept["rung"]]
         fresh = fresh_scheduler(scheduler, rung, device)
         _remember(fresh, kept["scheduler"], device)
@@ -135,11 +133,20 @@ def _require_same(path: Path, kept: Mapping[str, Any], asked: Mapping[str, Any])
         )
 
 
+_OPEN = {
+    "dtype": "auto",
+    "linfusion": "auto",
+    "codec.mode": "auto",
+    "ladder.upscale_sha256": "any",
+}
+"""settings that mean whatever they came to"""
+
+
 def _difference(kept: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:
-    """The first setting that differs; "auto" is whatever it came to."""
+    """The first setting that differs."""
     was, now = _flat(kept), _flat(asked)
     for name, value in now.items():
-        if value != "auto" and name != "codec.rungs" and was.get(name) != value:
+        if _OPEN.get(name) != value and name != "codec.rungs" and was.get(name) != value:
             return name
     return None
 
@@ -168,7 +175,16 @@ def _read(path: Path) -> dict[str, Any] | None:
         raise UserError(
             f"{path}: this checkpoint is not readable ({reason}); remove it to begin anew"
         ) from error
+    if not isinstance(kept, dict) or "facts" not in kept:
+        raise UserError(f"{path}: this is no checkpoint; remove it to begin anew")
     return kept
+
+
+def _write(kept: dict[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(kept, file)
+    except RuntimeError as error:  # torch's word for a full disk
+        raise OSError(None, str(error).splitlines()[0]) from error
 
 
 def _memory(scheduler: Any) -> dict[str, Any]:

@@ -480,6 +480,8 @@ class Settings(BaseModel):
         elsewhere |= {"checkpoint", "resume", "progress", "stall_s"}
         facts = self.model_dump(mode="json", exclude=elsewhere)
         facts |= {"codec": self.codec.effective(), "ladder": self.ladder.effective()}
+        if self.ladder.upscale is not None:  # the next job may begin in another folder
+            facts["ladder"]["upscale"] = str(self.ladder.upscale.absolute())
         if self.mesh.synchronisation != "exact":
             stale = {"synchronisation", "warmup_steps"}
             facts |= {"mesh": self.mesh.model_dump(mode="json", include=stale)}

@@ -28,15 +28,14 @@ from typing import TYPE_CHECKING
 
 from engine.bands import Mesh, is_first_process, open_mesh
 from engine.config import Settings, UserError
+from engine.exits import DONE, FAILED, MISTAKEN, STOPPED
 from engine.progress import DIALECTS, Progress, silent
 from engine.provenance import read_config
-from engine.signals import STOPPED, note_signals
-from engine.watch import FAILED, NoWatch, Watch, watching
+from engine.signals import note_signals
+from engine.watch import LostRank, Watch, watching
 
 if TYPE_CHECKING:
     from engine.keeper import Control
-
-MISTAKEN = 2
 
 
 class _Failed(Exception):
@@ -55,29 +54,39 @@ def _main(argv: Sequence[str] | None) -> int:
     settings, mistake = _read_settings(argv)
     told = note_signals()
     with open_mesh(settings.timeout_s) as mesh:
-        watch: Watch | NoWatch = NoWatch()
         try:
             with watching(mesh, settings.stall_s) as watch:
                 code, said = _run(settings, mistake, mesh, watch, told)
                 mesh.barrier()
         except Exception as error:  # of whichever layer: every rank must come to its end
-            said = watch.explain() or f"rank {mesh.rank} on host {socket.gethostname()}: {error}"
-            traceback.print_exc()
-            print(f"error: {said}", file=sys.stderr, flush=True)
+            _say_failure(mesh, error)
             raise _Failed from error
         if mesh.rank == 0:
             out = sys.stderr if code else sys.stdout
             print(f"error: {said}" if code == MISTAKEN else said, file=out, flush=True)
-        # torchrun ends all ranks as soon as one has exited: first let rank 0 have its say.
-        mesh.barrier()
+        # torchrun ends all ranks as soon as one has exited: first let rank 0 have its say. What
+        # happens to a rank from here on changes nothing any more.
+        with contextlib.suppress(RuntimeError):
+            mesh.barrier()
     return code
+
+
+def _say_failure(mesh: Mesh, error: Exception) -> None:
+    """One line by one rank where the watch knows the culprit; else every rank says its own."""
+    if isinstance(error, LostRank):
+        if error.speaks:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return
+    traceback.print_exception(error)
+    said = f"rank {mesh.rank} on host {socket.gethostname()}: {error}"
+    print(f"error: {said}", file=sys.stderr, flush=True)
 
 
 def _run(
     settings: Settings,
     mistake: UserError | None,
     mesh: Mesh,
-    watch: Watch | NoWatch,
+    watch: Watch,
     told: Callable[[], bool],
 ) -> tuple[int, str]:
     """(exit code, what to say), the same on every rank."""
@@ -89,7 +98,7 @@ def _run(
 
 
 def _paint(
-    settings: Settings, mesh: Mesh, watch: Watch | NoWatch, told: Callable[[], bool]
+    settings: Settings, mesh: Mesh, watch: Watch, told: Callable[[], bool]
 ) -> tuple[int, str]:
     """The picture, or with `--plan` what it would take."""
     # diffusers and transformers take seconds to import; a mistyped flag should not wait for them.
@@ -103,14 +112,14 @@ def _paint(
         if plan.refusal and mesh.rank == 0:
             print(plan, flush=True)
         plan.check()
-        return 0, str(plan)
+        return DONE, str(plan)
     if settings.resume:
         if mesh.agree(lambda: is_finished(settings)):
-            return 0, f"{settings.output}: is finished already, nothing to do"
+            return DONE, f"{settings.output}: is finished already, nothing to do"
         settings = mesh.agree(lambda: pinned(settings))
     try:
         engine = Engine.load(settings, mesh, _control(settings, mesh, watch, told))
-        return 0, str(engine.generate(settings))
+        return DONE, str(engine.generate(settings))
     except Interrupted as stopped:
         return STOPPED, str(stopped)
 
@@ -130,9 +139,7 @@ def _quiet(mesh: Mesh) -> None:
         diffusers.utils.logging.set_verbosity_error()
 
 
-def _control(
-    settings: Settings, mesh: Mesh, watch: Watch | NoWatch, told: Callable[[], bool]
-) -> "Control":
+def _control(settings: Settings, mesh: Mesh, watch: Watch, told: Callable[[], bool]) -> "Control":
     """Rank 0 tells of progress; each rank's watch knows what it is doing."""
     from engine.keeper import Control
 

@@ -46,7 +46,7 @@ class Keeper:
 
     Args:
         scheduler: of the model.
-        facts: the settings that paint the picture again, for its checkpoint.
+        facts: tells the settings that paint the picture again, for its checkpoint.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Keeper:
         mesh: Mesh,
         scheduler: Any,
         rungs: list[Rung],
-        facts: Mapping[str, Any],
+        facts: Callable[[], Mapping[str, Any]],
         control: Control,
     ) -> None:
         self._settings, self._mesh, self._scheduler = settings, mesh, scheduler
@@ -98,7 +98,7 @@ class Keeper:
         self._meter.step(state.rung, state.step)
         told = self._mesh.any(self._control.should_stop())
         if self._is_due(state, told):
-            self._save(state)
+            self._mesh.agree(lambda: self._save(state) if self._mesh.rank == 0 else None)
         if told:
             kept = self._mesh.agree(self._checkpoint.path.exists)
             path = self._checkpoint.path
@@ -124,11 +124,9 @@ class Keeper:
         return told or bool(every and state.step % every == 0)
 
     def _save(self, state: ladder.State) -> None:
-        """Rank 0 writes; a full disk is no reason to give up the picture."""
-        if self._mesh.rank == 0:
-            try:
-                self._checkpoint.save(state)
-            except OSError as error:
-                reason = error.strerror or error
-                logger.warning("%s: no checkpoint (%s)", self._checkpoint.path, reason)
-        self._mesh.barrier()
+        """A full disk is no reason to give up the picture."""
+        try:
+            self._checkpoint.save(state)
+        except OSError as error:
+            reason = error.strerror or error
+            logger.warning("%s: no checkpoint (%s)", self._checkpoint.path, reason)

@@ -157,10 +157,11 @@ class Engine:
         require_room(settings, self.mesh)
         start, sent_before = time.perf_counter(), self.traffic.megabytes
         for_the_file = Traffic()
-        keeper = self._keeper(settings)
+        codecs = self._codecs_used(settings)
+        keeper = self._keeper(settings, codecs)
         rows, samples = self._samples(settings, keeper)
         keeper.phase("writing")
-        seams = self._write(settings, rows, samples, for_the_file)
+        seams = self._write(settings, codecs, rows, samples, for_the_file)
         self.mesh.agree(keeper.finish)
         if seams is not None and self.mesh.rank == 0:
             logger.log(logging.WARNING if seams.visible else logging.INFO, "%s", seams)
@@ -201,14 +202,16 @@ class Engine:
         """The latent [1, C, H / 8, W / 8] of the finished picture, the same on every rank."""
         return self._climb_all(settings).latent
 
-    def _keeper(self, settings: Settings) -> Keeper:
+    def _keeper(self, settings: Settings, codecs: list[str]) -> Keeper:
         rungs = self.mesh.agree(lambda: _rungs(settings, Description.of(self.pipe)))
         # What saves memory or shares out the work may be another when the job goes on.
         elsewhere = {"mesh", "memory", "file"} - settings.provenance().keys()
-        repeatable = self._repeatable(settings)
-        facts = {name: repeatable[name] for name in repeatable.keys() - elsewhere}
-        scheduler = self.pipe.scheduler
-        return Keeper(settings, self.mesh, scheduler, rungs, facts, self.control)
+
+        def facts() -> dict[str, Any]:
+            repeatable = self._repeatable(settings, codecs)
+            return {name: repeatable[name] for name in repeatable.keys() - elsewhere}
+
+        return Keeper(settings, self.mesh, self.pipe.scheduler, rungs, facts, self.control)
 
     def _climb_all(self, settings: Settings, keeper: Keeper | None = None) -> ladder.State:
         """From the base, or from the picture that is to be upscaled, to the last rung's end."""
@@ -317,7 +320,12 @@ class Engine:
         return self._plans[job]
 
     def _codecs_used(self, settings: Settings) -> list[str]:
-        """What the codec of each rung came to: "auto" depends on how much memory there was."""
+        """What the codec of each rung comes to, if it is "auto". Every rank asks.
+
+        It depends on how much memory there is.
+        """
+        if settings.codec.mode != "auto" or settings.codec.rungs:
+            return []
         codecs = self._planned(settings).codecs
         # A picture to be upscaled is a base without one.
         return [codecs.get(rung, "exact") for rung in range(max(codecs) + 1)]
@@ -354,33 +362,37 @@ class Engine:
         self.pipe.forget()
 
     def _write(
-        self, settings: Settings, rows: range, pixels: np.ndarray, traffic: Traffic
+        self,
+        settings: Settings,
+        codecs: list[str],
+        rows: range,
+        pixels: np.ndarray,
+        traffic: Traffic,
     ) -> Seams | None:
         """Each rank compresses its own rows [h, W, 3]; rank 0 joins the parts and renames."""
 
         def describe(seams: Seams | None) -> output.Metadata:
             facts = {
                 "engine": engine.__version__,
-                "settings": self._repeatable(settings),
+                "settings": self._repeatable(settings, codecs),
                 "run": self._circumstances(settings, seams),
             }
             return {"prompt": settings.prompt, provenance.KEY: facts}
 
         return save(output.target_of(settings), self.mesh, traffic, rows, pixels, describe)
 
-    def _repeatable(self, settings: Settings) -> dict[str, Any]:
-        """The settings that paint this picture again, whatever "auto" would mean elsewhere."""
+    def _repeatable(self, settings: Settings, codecs: list[str]) -> dict[str, Any]:
+        """The settings that paint this picture again, whatever "auto" would mean elsewhere.
+
+        Rank 0 alone knows the hashes of weights.
+        """
         facts = settings.provenance()
-        if settings.codec.mode == "auto" and not settings.codec.rungs:
-            facts["codec"]["rungs"] = self._codecs_used(settings)
-        hashes = self._hashes.wait()
-        pinned = {f"{name}_sha256": found for name, found in hashes.items()}
+        if codecs:
+            facts["codec"]["rungs"] = codecs
+        pinned = {f"{name}_sha256": found for name, found in self._hashes.wait().items()}
         if (source := settings.ladder.upscale) is not None:
-            files = {source.name: source}
-            facts["ladder"] |= {
-                "upscale": str(source.absolute()),
-                "upscale_sha256": provenance.weights_sha256(files),
-            }
+            with contextlib.suppress(OSError):  # gone meanwhile, which costs no painted picture
+                facts["ladder"]["upscale_sha256"] = provenance.weights_sha256({source.name: source})
         return {
             **facts,
             **self._models(settings),

@@ -138,12 +138,12 @@ def require_hash(name: str, wanted: str, files: Files) -> None:
 
     Args:
         name: "model", "linfusion" or "ladder.upscale".
-        wanted: in hex, or "any".
+        wanted: in hex.
 
     Raises:
         UserError: they are others.
     """
-    if wanted != "any" and (found := weights_sha256(files)) != wanted:
+    if (found := weights_sha256(files)) != wanted:
         raise UserError(
             f"{name}: what is there has the SHA-256 {found}, not {wanted} as {name}_sha256 asks; "
             f"name the same, or --{name}-sha256 any"

@@ -73,8 +73,7 @@ def save(
     writer = output.writer_for(target.path)
     # Whatever fails, on whichever rank: leaving the stack removes this rank's part.
     with contextlib.ExitStack() as stack:
-        if is_first:
-            lock = stack.enter_context(Lock(target.path))
+        lock = stack.enter_context(Lock(target.path))
         agree(lambda: _begin(lock, target, mesh.timeout_s / 2) if is_first else None)
         part = agree(lambda: stack.enter_context(writer(target, mesh.rank)))
         preview = _write_levels(mesh, traffic, part, bands, pixels)

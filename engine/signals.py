@@ -12,9 +12,6 @@ import signal
 from collections.abc import Callable
 from types import FrameType
 
-STOPPED = 75
-"""exit code of a job that was told to stop: EX_TEMPFAIL of sysexits.h, try again"""
-
 
 def note_signals() -> Callable[[], bool]:
     """From now on SIGTERM and SIGINT only make what is returned say True. For the main thread."""

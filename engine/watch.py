@@ -12,10 +12,11 @@ live rank comes first in the order of ranks then says so in one line, and all en
 
     error: rank 3 on host node07 has stopped (killed or halted) while: lake.png, rung 2, step 7
 
-A collective that fails because a peer is gone raises in the middle of some layer. `explain` looks
-up in the store which rank it was, so that the line is the same however the others learn of it.
-The store is served by the first rank. If it is that one which has gone, nobody can ask it, and
-that tells who it was.
+A collective that fails because a peer is gone raises in the middle of some layer. Then the watch
+looks up which rank has fallen silent, and `LostRank` is raised instead, so that the line is the
+same however the others learn of it. The store is served by the first rank. If it is that one which
+has gone, nobody can ask it, and that tells who it was. A rank that is alone keeps a store to
+itself, and is watched for not moving.
 """
 
 import json
@@ -32,21 +33,30 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+import torch.distributed
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 
 from engine import bands
 from engine.bands import Mesh
 from engine.bands.mesh import first_host
-
-FAILED = 3
-"""exit code of a job that failed"""
+from engine.exits import FAILED
 
 BEAT_S = 0.5
-DEAD_S = 6.0
-"""without a beat for so long, a rank is not running"""
+DEAD_S = 30.0
+"""without a beat for so long a rank is not running; some calls let no other thread run meanwhile"""
+GONE_S = 3.0
+"""the same, where a collective has failed, so that some rank must be gone"""
 _ANSWER_S = 4.0  # in which the store must answer
 _BUSY = 0.2  # of a core: the watch itself takes a little
-_EXCHANGES = Path(bands.__file__).parent
+_EXCHANGES = (Path(bands.__file__).parent, Path(torch.distributed.__file__).parent)
+
+
+class LostRank(RuntimeError):
+    """Some rank is gone. `speaks` is whether this rank is the one to say so."""
+
+    def __init__(self, said: str, speaks: bool) -> None:
+        super().__init__(said)
+        self.speaks = speaks
 
 
 @dataclass(frozen=True)
@@ -110,15 +120,16 @@ class Watch:
         """This rank has come to its end in good order, and none has to wait for its beats."""
         self._over.set()
         for thread in self._threads:
-            thread.join(timeout=2 * DEAD_S)
-        self._tell(ended=True)
+            thread.join(timeout=_ANSWER_S)
+        with suppress(RuntimeError):  # the first rank may be gone already
+            self._tell(ended=True)
 
-    def explain(self, wait_s: float = DEAD_S + 2.0) -> str | None:
-        """Which rank is gone, said after a failure; None if all are there."""
-        deadline = time.monotonic() + wait_s
+    def explain(self) -> LostRank | None:
+        """Which rank has fallen silent, after a failure; None if all are there."""
+        deadline = time.monotonic() + GONE_S + 2
         while time.monotonic() < deadline:
-            if (said := self._verdict()) is not None:
-                return said
+            if (said := self._verdict(GONE_S)) is not None:
+                return LostRank(said, self._speaks(GONE_S))
             time.sleep(BEAT_S)
         return None
 
@@ -134,8 +145,8 @@ class Watch:
     def _judge(self) -> None:
         """Ends the process when something is wrong with the job."""
         while not self._over.wait(BEAT_S):
-            if (said := self._verdict()) is not None and not self._over.is_set():
-                self._end(said if self._speaks() else "")
+            if (said := self._verdict(DEAD_S)) is not None and not self._over.is_set():
+                self._end(said if self._speaks(DEAD_S) else "")
                 return
 
     def _tell(self, ended: bool = False) -> None:
@@ -160,7 +171,7 @@ class Watch:
             stack.append((id(frame.f_code), frame.f_lasti))
             frame = frame.f_back
         file = Path(top.f_code.co_filename) if top else Path()
-        waits = file.parent == _EXCHANGES or "distributed" in file.parts
+        waits = any(file.is_relative_to(folder) for folder in _EXCHANGES)
         works = self._works()
         if tuple(stack) != self._stack or (works and not waits):
             self._stack, self._since = tuple(stack), time.monotonic()
@@ -174,15 +185,15 @@ class Watch:
         passed, self._looked, self._work = now - self._looked, now, work
         return computed > _BUSY * passed or moved > 0
 
-    def _verdict(self) -> str | None:
-        """What is wrong with the job, if anything is."""
+    def _verdict(self, silent_s: float) -> str | None:
+        """What is wrong with the job, if anything is, taking silence of that long for the end."""
         now = time.monotonic()
-        if now - self._answered > DEAD_S:
+        if now - self._answered > silent_s:
             gone = self._last[0]  # whose store it is
             return None if gone.ended else _stopped(gone)
         running = [beat for beat in self._last.values() if not beat.ended]
         for beat in running:
-            if now - self._heard[beat.rank] > DEAD_S:
+            if now - self._heard[beat.rank] > silent_s:
                 return _stopped(beat)
         if running and all(beat.quiet_s > self._stall_s for beat in running):
             # The others wait for it.
@@ -190,12 +201,12 @@ class Watch:
             return f"{last} has not moved for {last.quiet_s:.0f} s while: {last.doing}"
         return None
 
-    def _speaks(self) -> bool:
+    def _speaks(self, silent_s: float) -> bool:
         """Whether this is the first rank that is alive."""
         now = time.monotonic()
-        if now - self._answered > DEAD_S:
+        if now - self._answered > silent_s:
             return self._mesh.rank == 1  # the first one is gone, and nothing is heard of others
-        alive = [rank for rank, at in self._heard.items() if now - at <= DEAD_S]
+        alive = [rank for rank, at in self._heard.items() if now - at <= silent_s]
         return self._mesh.rank == min([*alive, self._mesh.rank])
 
 
@@ -203,8 +214,10 @@ def _stopped(beat: Beat) -> str:
     return f"{beat} has stopped (killed or halted) while: {beat.doing}"
 
 
-def _open_store(mesh: Mesh) -> TCPStore:
+def _open_store(mesh: Mesh) -> Any:
     """A store that the first rank serves, and of which all others know the place."""
+    if mesh.size == 1:
+        return HashStore()
     options: dict[str, Any] = {"wait_for_workers": False, "timeout": timedelta(seconds=_ANSWER_S)}
     served = TCPStore("0.0.0.0", 0, is_master=True, **options) if mesh.rank == 0 else None
     port = mesh.gather_objects(served.port if served else 0)[0]
@@ -217,23 +230,19 @@ def _end(said: str) -> None:
     os._exit(FAILED)
 
 
-class NoWatch:
-    """A single rank has nobody to wait for."""
-
-    def doing(self, what: str) -> None:
-        """As `Watch`."""
-
-    def explain(self) -> str | None:
-        """As `Watch`."""
-        return None
-
-
 @contextmanager
-def watching(mesh: Mesh, stall_s: float) -> Iterator[Watch | NoWatch]:
-    """A watch over the ranks of `mesh` while the block runs. Every rank makes the call."""
-    if mesh.size == 1:
-        yield NoWatch()
-        return
+def watching(mesh: Mesh, stall_s: float) -> Iterator[Watch]:
+    """A watch over the ranks of `mesh` while the block runs. Every rank makes the call.
+
+    Raises:
+        LostRank: instead of what the block raises where another rank is gone.
+    """
     watch = Watch(mesh, stall_s)
-    yield watch
+    try:
+        yield watch
+    except Exception as error:
+        # It is not closed: the others are still to learn what has happened to this rank.
+        if (lost := watch.explain()) is not None:
+            raise lost from error
+        raise
     watch.close()

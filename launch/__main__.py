@@ -27,7 +27,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-DONE, MISTAKEN, FAILED, STOPPED = 0, 2, 3, 75
+from engine.exits import DONE, FAILED, MISTAKEN, STOPPED
+
 _POLL_S = 0.05
 _REPEAT_S = 1.0
 _PR_SET_PDEATHSIG = 1  # of prctl(2)

@@ -28,6 +28,7 @@ FLOORS = {
     "engine.loading": 4,
     "engine.watch": 3,
     "engine.signals": 0,
+    "engine.exits": 0,
     "engine.ladder": 5,
     "engine.checkpoint": 6,
     "engine.keeper": 7,

@@ -15,6 +15,7 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
+from PIL import Image
 
 from engine import checkpoint
 from engine.bands import open_mesh
@@ -23,7 +24,7 @@ from engine.config import Settings, UserError
 from engine.keeper import Control, Interrupted
 from engine.ladder import Rung, begin_base
 from engine.pipeline import Engine
-from tests.pictures import by_pillow
+from tests.pictures import by_pillow, pixels_of
 from tests.ranks import run_ranks
 
 LADDER = {"strategy": "demofusion", "base": 64, "strengths": [0.5], "steps": [6]}
@@ -205,6 +206,13 @@ def test_a_file_that_is_no_checkpoint_is_named(tiny_model, tmp_path, content):
         pinned(asked)
 
 
+def test_another_programs_file_is_no_checkpoint(tiny_model, tmp_path):
+    asked = settings(tiny_model, tmp_path / "a.png")
+    torch.save({"weights": torch.zeros(2)}, checkpoint_path(asked))
+    with pytest.raises(UserError, match="this is no checkpoint; remove it"):
+        pinned(asked)
+
+
 def test_a_finished_picture_is_known(tiny_model, tmp_path):
     asked = settings(tiny_model, tmp_path / "a.png")
     assert not is_finished(asked)
@@ -224,24 +232,42 @@ def test_a_checkpoint_in_another_folder(tiny_model, tmp_path):
     assert list((tmp_path / "b" / "c").iterdir()) == []
 
 
-def test_a_full_disk_costs_a_checkpoint_but_no_picture(tiny_model, tmp_path, monkeypatch, caplog):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+def test_a_full_disk_costs_a_checkpoint_but_no_picture(tiny_model, tmp_path, small_disk):
+    """A real one, of which what other files leave is too little for any checkpoint."""
+    (small_disk / "others").write_bytes(bytes(1_030_000))
+    folder = {"folder": small_disk, "every": 1}
+    asked = settings(tiny_model, tmp_path / "a.png", checkpoint=folder)
+    assert run_ranks(2, paint, asked) == [None, None]
+    asked.output.unlink()
+    for said in run_ranks(2, paint, asked, 2):
+        assert said.endswith("there is no checkpoint yet")
+    assert [file.name for file in small_disk.iterdir()] == ["others"]
+    assert list(tmp_path.glob("a*")) == []
 
-    monkeypatch.setattr(checkpoint.torch, "save", full)
-    asked = settings(tiny_model, tmp_path / "a.png")
+
+def test_an_upscaled_picture_goes_on_from_another_folder(
+    tiny_model, tmp_path, monkeypatch, one_thread
+):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(pixels_of(64, 48)).save("own.png")
+    ladder = {"strategy": "sdedit", "upscale": "own.png", "strengths": [0.5], "steps": [6]}
+    asked = settings(tiny_model, tmp_path / "a.png", ladder=ladder)
     with open_mesh() as mesh:
         assert paint(mesh, asked) is None
-        assert "no checkpoint (No space left on device)" in caplog.text
+        whole = by_pillow(asked.output)
+        assert is_finished(asked)
         asked.output.unlink()
-        assert paint(mesh, asked, 2).endswith("there is no checkpoint yet")
-    assert list(tmp_path.iterdir()) == []
+        assert "stopped as told" in paint(mesh, asked, 2)
+        monkeypatch.chdir("/")
+        moved = {**ladder, "upscale": tmp_path / "own.png"}
+        assert paint(mesh, settings(tiny_model, asked.output, ladder=moved)) is None
+    np.testing.assert_array_equal(by_pillow(asked.output), whole)
 
 
 def test_a_torn_checkpoint_never_replaces_a_whole_one(tmp_path, monkeypatch):
     scheduler, rung = DDIMScheduler(), Rung(0, 64, 64, 4, 1.0, 4.0)
     state = begin_base(rung, scheduler, torch.Generator().manual_seed(0), torch.empty(0), 4)
-    kept = Checkpoint(tmp_path / "c", {"seed": 1})
+    kept = Checkpoint(tmp_path / "c", lambda: {"seed": 1})
     kept.save(state)
 
     def tear(content, file):

@@ -2,7 +2,6 @@
 
 import random
 import re
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -364,18 +363,6 @@ def save_where_there_is_no_room(mesh, folder):
             said.append((str(error), [f.name for f in folder.iterdir()]))
         mesh.barrier()
     return said
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small file system")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_full_disk_is_one_sentence_on_every_rank_and_leaves_nothing(small_disk):

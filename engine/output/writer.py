@@ -292,19 +292,19 @@ def removing(parts: Sequence[Part]) -> Iterator[None]:
 
 
 @contextmanager
-def published(target: Target, path: Path | None = None) -> Iterator[BinaryIO]:
-    """A new file that is renamed to `path` (by default the target's) once it is whole and on disk.
+def published(target: Target) -> Iterator[BinaryIO]:
+    """A new file that gets the target's name once it is whole and on disk.
 
-    Upon failure it is removed, and what was at `path` is still there.
+    Upon failure it is removed, and what had the name before still has it.
     """
-    path, temporary = path or target.path, target.beside("tmp")
+    temporary = target.beside("tmp")
     try:
         with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
+        temporary.replace(target.path)
+        sync_folder(target.path.parent)
     finally:
         remove(temporary)
 
