@@ -114,9 +114,10 @@ def _paint(
         plan.check()
         return DONE, str(plan)
     if settings.resume:
-        if mesh.agree(lambda: is_finished(settings)):
+        # As rank 0 sees it: the others' disks may show what is new a little later.
+        if mesh.gather_objects(mesh.agree(lambda: is_finished(settings)))[0]:
             return DONE, f"{settings.output}: is finished already, nothing to do"
-        settings = mesh.agree(lambda: pinned(settings))
+        settings = mesh.gather_objects(mesh.agree(lambda: pinned(settings)))[0]
     try:
         engine = Engine.load(settings, mesh, _control(settings, mesh, watch, told))
         return DONE, str(engine.generate(settings))

@@ -134,20 +134,21 @@ def bars(out: TextIO | None = None) -> Listener:
 
     In a log file it would be a heap of carriage returns.
     """
-    shown: list[tqdm] = []  # type: ignore[type-arg]
+    shown: dict[int, tqdm] = {}  # type: ignore[type-arg]  # the bar of the rung that is painted
 
     def listen(progress: Progress) -> None:
-        title = "painting" if progress.rungs == 1 else f"{progress.size} px"
-        if progress.phase == "painting" and (not shown or shown[0].desc != f"{title}: "):
-            if shown:
-                shown.pop().close()
+        for rung in [
+            rung for rung in shown if (rung, "painting") != (progress.rung, progress.phase)
+        ]:
+            shown.pop(rung).close()
+        if progress.phase != "painting":
+            return
+        if progress.rung not in shown:
+            title = "painting" if progress.rungs == 1 else f"{progress.size} px"
             # disable=None is tqdm's word for "unless it is a terminal".
-            shown.append(tqdm(total=progress.steps, desc=title, disable=None, file=out))
-            shown[0].desc = f"{title}: "
-        if shown:
-            shown[0].update(progress.step - shown[0].n)
-        if progress.phase != "painting" and shown:
-            shown.pop().close()
+            bar = tqdm(total=progress.steps, desc=title, disable=None, file=out)
+            shown[progress.rung] = bar
+        shown[progress.rung].update(progress.step - shown[progress.rung].n)
 
     return listen
 
