@@ -118,11 +118,16 @@ class Watch:
 
     def close(self) -> None:
         """This rank has come to its end in good order, and none has to wait for its beats."""
+        self.fall_silent()
+        with suppress(RuntimeError):  # the first rank may be gone already
+            self._tell(ended=True)
+
+    def fall_silent(self) -> None:
+        """This rank has failed: from its silence the others learn it. It no longer judges either:
+        whoever catches the failure may take all the time in the world."""
         self._over.set()
         for thread in self._threads:
             thread.join(timeout=_ANSWER_S)
-        with suppress(RuntimeError):  # the first rank may be gone already
-            self._tell(ended=True)
 
     def explain(self) -> LostRank | None:
         """Which rank has fallen silent, after a failure; None if all are there."""
@@ -241,8 +246,9 @@ def watching(mesh: Mesh, stall_s: float) -> Iterator[Watch]:
     try:
         yield watch
     except Exception as error:
-        # It is not closed: the others are still to learn what has happened to this rank.
-        if (lost := watch.explain()) is not None:
+        lost = watch.explain()
+        watch.fall_silent()
+        if lost is not None:
             raise lost from error
         raise
     watch.close()

@@ -163,14 +163,26 @@ def test_a_failed_collective_is_explained_by_one_rank(tmp_path, victim):
     assert other == first.replace("True", "False")
 
 
-def fail_alone(mesh):
-    with watching(mesh, 60):
+def fail_alone(mesh, stall_s=60):
+    with watching(mesh, stall_s):
         raise ArithmeticError("of one's own")
 
 
 def test_a_failure_of_ones_own_stays_what_it_is():
     with open_mesh() as mesh, pytest.raises(ArithmeticError, match="of one's own"):
         fail_alone(mesh)
+
+
+def fail_and_rest(mesh):
+    quick()
+    with suppress(ArithmeticError):
+        fail_alone(mesh, stall_s=7)
+    time.sleep(10)  # were the watch still there, this process would be gone
+    return True
+
+
+def test_who_catches_a_failure_is_not_watched_any_more():
+    assert run_ranks(1, fail_and_rest) == [True]
 
 
 def test_a_rank_that_is_alone_is_watched_for_not_moving():
