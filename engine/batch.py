@@ -25,7 +25,7 @@ from engine.exits import DONE, FAILED, MISTAKEN, STOPPED
 from engine.jobs import Row
 from engine.keeper import Control
 from engine.painter import Outcome, Painter
-from engine.pipeline import LOADING
+from engine.preflight import LOADING
 from engine.progress import Progress
 
 _POLL_S = 0.2

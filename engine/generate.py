@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _plan(job: Job, mesh: Mesh) -> str:
     """What the pictures would take, those of one kind once."""
-    from engine.pipeline import plan_job, planned
+    from engine.preflight import plan_job, planned
 
     team = mesh.side_by_side(job.settings.mesh.image)
     kinds: dict[Settings, list[Settings]] = {}

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,33 +26,34 @@ from torch import Tensor
 
 import engine
 from engine import codec, ladder, memory, output, provenance
-from engine.bands import DisplacedExchange, ExactExchange, Exchange, Mesh, Traffic, max_bands
-from engine.bands.axes import Axes, choose_axes
+from engine.bands import DisplacedExchange, ExactExchange, Exchange, Mesh, Traffic
 from engine.bands.boundary import downsampling_factor
 from engine.colours import keep_colours, thumbnail, thumbnail_size
 from engine.config import Group, Settings, UserError
 from engine.diffusion import Conditions, Denoiser, encode
 from engine.keeper import Control, Keeper
 from engine.ladder import Rung
-from engine.loading import (
-    Description,
-    describe,
-    load,
-    name_linfusion,
-    picture_size,
-    read_picture,
-    weight_files,
-)
+from engine.loading import Description, describe, load, read_picture
 from engine.output.seams import Seams
-from engine.parallel import PipelineBoundary, distribute, lay_out, require_same_versions, share_out
+from engine.parallel import PipelineBoundary, distribute, lay_out, share_out
 from engine.plan import Plan, dtype_of, make_plan, require_room
+from engine.preflight import (
+    LOADING,
+    axes_of,
+    check_output,
+    check_ranks,
+    checked_plan,
+    memory_options,
+    named_weights,
+    on_device,
+    planned,
+    require_hashes,
+    rungs_of,
+    weights_of,
+)
 from engine.saving import save
 
 logger = logging.getLogger(__name__)
-
-LOADING = ("model", "linfusion", "model_sha256", "linfusion_sha256", "device", "mesh", "memory")
-"""settings that only loading heeds, besides `dtype`, whose "auto" is another name for one"""
-
 
 Samples = dict[str, np.ndarray]
 """pixels [h, W, 3] by the type of their numbers"""
@@ -105,7 +106,7 @@ class Engine:
         self._settings = settings
         # Nobody else writes what is known about the picture.
         model, is_first = Description.of(pipe), mesh.rank == 0
-        files = mesh.agree(lambda: _weights(settings, model) if settings and is_first else {})
+        files = mesh.agree(lambda: weights_of(settings, model) if settings and is_first else {})
         self._hashes = provenance.Hashes(files)
         self._plans = {} if plan is None or settings is None else {planned(settings): plan}
         self._exchange = exchange
@@ -114,7 +115,7 @@ class Engine:
         self.traffic = layout.traffic
         pipe.set_progress_bar_config(disable=True)
         if settings is not None:
-            memory.apply(pipe.unet, _memory_options(settings), mesh)
+            memory.apply(pipe.unet, memory_options(settings), mesh)
 
     @classmethod
     def load(cls, settings: Settings, mesh: Mesh, control: Control | None = None) -> Self:
@@ -125,27 +126,27 @@ class Engine:
                 there or of another kind, more ranks than the height can serve, a destination that
                 cannot be written, LinFusion modules that do not fit.
         """
-        mesh = _on_device(settings, mesh)
-        axes = _choose_axes(settings, mesh.size)
-        mesh.agree(lambda: _check_output(settings))
+        mesh = on_device(settings, mesh)
+        axes = axes_of(settings, mesh.size)
+        mesh.agree(lambda: check_output(settings))
         model = mesh.agree(lambda: describe(settings.model, settings.linfusion))
-        plan = _plan(settings, mesh, model) if model else None
+        plan = checked_plan(settings, mesh, model) if model else None
         if plan:
             plan.check()
         # Of a model that is not here yet, weights are looked at when the hub has sent them.
-        unseen = _require_hashes(settings, mesh, model, ["model", "linfusion", "ladder.upscale"])
+        unseen = require_hashes(settings, mesh, model, ["model", "linfusion", "ladder.upscale"])
         if mesh.rank == 0 and mesh.size > 1:
             logger.info("%d ranks on %s as %s", mesh.size, mesh.device.type, axes)
         pipe = mesh.agree(
             lambda: load(settings.model, settings.linfusion, dtype=dtype_of(settings, mesh.device))
         )
-        if unseen := _require_hashes(settings, mesh, Description.of(pipe), unseen):
+        if unseen := require_hashes(settings, mesh, Description.of(pipe), unseen):
             raise UserError(
                 f"{unseen[0]}: has no files whose SHA-256 could be looked at; leave "
                 f"{unseen[0]}_sha256 out"
             )
         if plan is None:  # of a single file, nothing is known before
-            plan = _plan(settings, mesh, Description.of(pipe), loaded=True)
+            plan = checked_plan(settings, mesh, Description.of(pipe), loaded=True)
             plan.check()
         return cls(pipe, mesh, axes.groups, _exchange(settings), settings, plan, control)
 
@@ -193,11 +194,11 @@ class Engine:
         """What loading has made sure of for its own settings, for these."""
         if (name := self.differs(settings)) is not None:
             raise UserError(f"{name} differs from what was loaded: load another Engine for it")
-        self.mesh.agree(lambda: _check_output(settings))
+        self.mesh.agree(lambda: check_output(settings))
         model = Description.of(self.pipe)
-        _require_hashes(settings, self.mesh, model, ["ladder.upscale"])
+        require_hashes(settings, self.mesh, model, ["ladder.upscale"])
         if self._settings is not None:
-            self.mesh.agree(lambda: _check(settings, self.mesh.size, model))
+            self.mesh.agree(lambda: check_ranks(settings, self.mesh.size, model))
             self._planned(settings)
         require_room(settings, self.mesh)
 
@@ -224,7 +225,7 @@ class Engine:
         return self._climb_all(settings).latent
 
     def _keeper(self, settings: Settings, codecs: list[str]) -> Keeper:
-        rungs = self.mesh.agree(lambda: _rungs(settings, Description.of(self.pipe)))
+        rungs = self.mesh.agree(lambda: rungs_of(settings, Description.of(self.pipe)))
         # What saves memory or shares out the work may be another when the job goes on.
         elsewhere = {"mesh", "memory", "file"} - settings.provenance().keys()
 
@@ -239,7 +240,7 @@ class Engine:
 
     def _climb_all(self, settings: Settings, keeper: Keeper | None = None) -> ladder.State:
         """From the base, or from the picture that is to be upscaled, to the last rung's end."""
-        rungs = self.mesh.agree(lambda: _rungs(settings, Description.of(self.pipe)))
+        rungs = self.mesh.agree(lambda: rungs_of(settings, Description.of(self.pipe)))
         scheduler = self.pipe.scheduler
         with self._painting(settings):
             conditions = self._encode(settings, rungs)
@@ -438,7 +439,7 @@ class Engine:
         """The names of what painted, where the settings do not say them."""
         if self._settings is None:
             return {"model": self.pipe.config.get("_name_or_path")}
-        modules = _named_weights(settings, Description.of(self.pipe)).get("linfusion", "none")
+        modules = named_weights(settings, Description.of(self.pipe)).get("linfusion", "none")
         # A folder beside the model may be elsewhere next time, and "auto" finds it there.
         return {} if Path(modules).is_dir() else {"linfusion": modules}
 
@@ -452,164 +453,12 @@ class Engine:
         }
 
 
-def _choose_axes(settings: Settings, ranks: int) -> Axes:
-    asked = settings.mesh.guidance
-    return choose_axes(
-        ranks,
-        guided=settings.guidance_scale > 1,
-        guidance=None if asked == "auto" else int(asked),
-    )
-
-
-def _on_device(settings: Settings, mesh: Mesh) -> Mesh:
-    """`mesh` on its device, where what the settings need is known to be there."""
-    mesh = mesh.on_device(settings.device)
-    require_same_versions(mesh)
-    memory.require(_memory_options(settings), mesh)
-    return mesh
-
-
-def _check_output(settings: Settings) -> None:
-    output.check(settings.output, settings.height, settings.width, settings.file)
-    for file in output.files_of(settings):
-        output.check_destination(file.output)
-
-
 def _chosen(group: Group, but: set[str] | None = None) -> dict[str, Any]:
     """The settings of a group that are not as they are by default."""
     return group.model_dump(mode="json", exclude_defaults=True, exclude=but)
-
-
-def _named_weights(settings: Settings, model: Description) -> dict[str, str]:
-    """The names of the model, and of its LinFusion modules if there are any."""
-    modules = name_linfusion(settings.model, settings.linfusion, model)
-    return {"model": settings.model} | ({} if modules == "none" else {"linfusion": modules})
-
-
-def _files(settings: Settings, model: Description) -> dict[str, dict[str, Path]]:
-    """All files that the picture comes from, by what they are, as far as they are here."""
-    source = settings.ladder.upscale
-    return _weights(settings, model) | (
-        {"ladder.upscale": {source.name: source}} if source is not None else {}
-    )
-
-
-def _weights(settings: Settings, model: Description) -> dict[str, dict[str, Path]]:
-    """The files of the model's weights and of its LinFusion modules', as far as they are here."""
-    named = _named_weights(settings, model)
-    files = {kind: weight_files(name) for kind, name in named.items()}
-    return {kind: found for kind, found in files.items() if found}
-
-
-def _require_hashes(
-    settings: Settings, mesh: Mesh, model: Description | None, kinds: list[str]
-) -> list[str]:
-    """Refuse other files than those asked for; the kinds that are not here yet are returned.
-
-    Rank 0 looks for all.
-    """
-    hashes = {
-        "model": settings.model_sha256,
-        "linfusion": settings.linfusion_sha256,
-        "ladder.upscale": settings.ladder.upscale_sha256,
-    }
-    wanted = {kind: hashes[kind] for kind in kinds if hashes[kind] != "any"}
-
-    def look() -> list[str]:
-        files = _files(settings, model) if model and wanted and mesh.rank == 0 else {}
-        for kind, sha256 in wanted.items():
-            if kind in files:
-                provenance.require_hash(kind, sha256, files[kind])
-        return [kind for kind in wanted if kind not in files]
-
-    return mesh.gather_objects(mesh.agree(look))[0]
-
-
-def plan_job(settings: Settings, mesh: Mesh) -> Plan:
-    """What painting `settings` on these ranks would take; loads no weights.
-
-    Raises:
-        UserError: as `Engine.load`, but for a lack of memory or disk, which the plan tells.
-    """
-    mesh = _on_device(settings, mesh)
-    _choose_axes(settings, mesh.size)
-    mesh.agree(
-        lambda: output.check(settings.output, settings.height, settings.width, settings.file)
-    )
-    model = mesh.agree(lambda: describe(settings.model, settings.linfusion))
-    if model is None:
-        raise UserError(
-            f"model: {settings.model} is a single file, whose shapes are not known before it is "
-            "loaded: plan with the diffusers folder that it was made of"
-        )
-    return _plan(settings, mesh, model, timed=True)
-
-
-def _plan(
-    settings: Settings, mesh: Mesh, model: Description, loaded: bool = False, timed: bool = False
-) -> Plan:
-    mesh.agree(lambda: _check(settings, mesh.size, model))
-    return make_plan(settings, mesh, model, loaded=loaded, timed=timed)
-
-
-def planned(settings: Settings) -> Settings:
-    """`settings` but for what changes no plan: pictures of one size and ladder share theirs.
-
-    Raises:
-        UserError: the picture to be upscaled is not there.
-    """
-    same: dict[str, Any] = {"prompt": "", "negative_prompt": "", "seed": 0, "plan": False}
-    if (start := settings.ladder.upscale) is not None:
-        height, width = picture_size(start)
-        alike = {"upscale": Path(f"{width}x{height}"), "upscale_sha256": "any"}
-        same["ladder"] = settings.ladder.model_copy(update=alike)
-    return settings.model_copy(update={**same, "output": Path(f"any{settings.output.suffix}")})
-
-
-def _memory_options(settings: Settings) -> memory.MemoryOptions:
-    names = [field.name for field in fields(memory.MemoryOptions)]
-    return memory.MemoryOptions(**{name: getattr(settings.memory, name) for name in names})
 
 
 def _exchange(settings: Settings) -> Callable[[Mesh, Traffic], Exchange]:
     if settings.mesh.synchronisation == "exact":
         return ExactExchange
     return partial(DisplacedExchange, warmup_steps=settings.mesh.warmup_steps)
-
-
-def _check(settings: Settings, ranks: int, model: Description) -> None:
-    """What can be known of a job from the model's configuration files."""
-    if settings.ladder.strategy == "none":
-        _check_bands(settings, ranks, downsampling_factor(model.unet["block_out_channels"]))
-        return
-    smallest = _rungs(settings, model)[0]
-    if ranks > smallest.height // 8:
-        raise UserError(
-            f"the smallest rung of {smallest} px cannot be shared by {ranks} ranks: start "
-            f"{smallest.height // 8}, or set ladder.base to a larger side"
-        )
-
-
-def _rungs(settings: Settings, model: Description) -> list[Rung]:
-    """The ladder of `settings` for this model, or from the picture that they begin with."""
-    start = settings.ladder.upscale
-    return ladder.rungs(settings, model.native_side, picture_size(start) if start else None)
-
-
-def _check_bands(settings: Settings, ranks: int, row_multiple: int) -> None:
-    """Refuse more ranks than there are rows, for the UNet or for the VAE's decoder."""
-    rows = settings.height // 8
-
-    def fits(ranks: int) -> bool:
-        with contextlib.suppress(UserError):
-            return _choose_axes(settings, ranks).band <= max_bands(rows, row_multiple)
-        return False
-
-    working = [fewer for fewer in range(1, min(ranks, rows) + 1) if fits(fewer)]
-    if ranks not in working:
-        band = _choose_axes(settings, ranks).band
-        start = f"start {working[-1]}, or " if working else ""
-        raise UserError(
-            f"a picture of {settings.height} px height cannot be shared by {ranks} ranks: {start}"
-            f"ask for {8 * max(ranks, row_multiple * (band - 1) + 1)} px or more"
-        )

@@ -35,6 +35,7 @@ FLOORS = {
     "engine.checkpoint": 6,
     "engine.keeper": 7,
     "engine.plan": 6,
+    "engine.preflight": 7,
     "engine.pipeline": 8,
     "engine.session": 4,
     "engine.painter": 9,
