@@ -41,8 +41,10 @@ packages:
 # pynput, which watches keyboards and has to be compiled: only RQD's nimby, off here, imports it.
 $(RQD)/.ready: Makefile
 	$(PYTHON) -m venv $(RQD)
-	$(RQD)/bin/pip install --quiet psutil==5.9.8 grpcio protobuf
-	$(RQD)/bin/pip install --quiet --no-deps opencue-rqd==1.37.0 opencue-proto==1.37.0
+	$(RQD)/bin/pip install --quiet psutil==5.9.8 future==1.0.0 grpcio \
+	    protobuf packaging PyYAML
+	$(RQD)/bin/pip install --quiet --no-deps opencue-rqd==1.37.0 opencue-proto==1.37.0 \
+	    opencue-pycue==1.37.0 opencue-pyoutline==1.37.0
 	touch $@
 
 lint: $(READY)

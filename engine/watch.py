@@ -152,10 +152,20 @@ class Watch:
 
     def _judge(self) -> None:
         """Ends the process when something is wrong with the job."""
+        looked = time.monotonic()
         while not self._over.wait(BEAT_S):
+            if time.monotonic() - looked > DEAD_S / 2:
+                self._forgive()
+            looked = time.monotonic()
             if (said := self._verdict(DEAD_S)) is not None and not self._over.is_set():
                 self._end(said if self._speaks(DEAD_S) else "")
                 return
+
+    def _forgive(self) -> None:
+        """Count every silence from now on: this process has itself been halted (Ctrl-Z, a scheduler
+        that suspends a job), so it has heard nobody, and the others have perhaps been so too."""
+        self._answered = time.monotonic()
+        self._heard.update(dict.fromkeys(self._heard, self._answered))
 
     def _tell(self, ended: bool = False) -> None:
         quiet, waits = self._look()
@@ -180,8 +190,9 @@ class Watch:
             frame = frame.f_back
         file = Path(top.f_code.co_filename) if top else Path()
         waits = any(file.is_relative_to(folder) for folder in _EXCHANGES)
+        halted = time.monotonic() - self._looked > DEAD_S / 2  # and could not move
         works = self._works()
-        if tuple(stack) != self._stack or (works and not waits):
+        if tuple(stack) != self._stack or (works and not waits) or halted:
             self._stack, self._since = tuple(stack), time.monotonic()
         return time.monotonic() - self._since, waits
 

@@ -35,7 +35,7 @@ from tests.slurm import free_ports
 
 ROOT = Path(__file__).parents[1]
 BOUND_S = 120.0  # of whatever is waited for, on a busy machine
-_PYTHON = ROOT / ".rqd" / "bin" / "python"
+PYTHON = ROOT / ".rqd" / "bin" / "python"
 _MARK = "RQD_TEST_FOLDER"
 _UID = 54321
 
@@ -59,7 +59,7 @@ class NotUp(RuntimeError):
 
 def missing() -> str | None:
     """Why there can be no render host here, or None."""
-    if not (_PYTHON.parents[1] / ".ready").exists():
+    if not (PYTHON.parents[1] / ".ready").exists():
         return "needs RQD in .rqd: `make schedulers` puts it there"
     return None if shutil.which("time") else "RQD starts frames by Debian's package time"
 
@@ -169,7 +169,7 @@ def render_host(as_another_user: bool = False) -> Iterator[Rqd]:
         uid, user = _UID if as_another_user else os.geteuid() or _UID, "painter"
         ports = _configure(folder, as_another_user, uid)
         try:
-            cuebot = _started([_PYTHON, ROOT / "tests" / "cuebot.py", *ports], folder, "cuebot")
+            cuebot = _started([PYTHON, ROOT / "tests" / "cuebot.py", *ports], folder, "cuebot")
             rqd = Rqd(folder, user, uid, as_another_user, cuebot)
             threading.Thread(target=_listen, args=(cuebot, rqd.heard), daemon=True).start()
             _started(_command(folder, as_another_user), folder, "rqd")
@@ -193,7 +193,7 @@ def _configure(folder: Path, become: bool, uid: int) -> list[int]:
 
 
 def _command(folder: Path, as_another_user: bool) -> list[object]:
-    rqd = [_PYTHON, "-m", "rqd", "--nimbyoff", "-c", folder / "rqd.conf"]
+    rqd = [PYTHON, "-m", "rqd", "--nimbyoff", "-c", folder / "rqd.conf"]
     if not as_another_user:
         return rqd
     # A file system of its own, where the list of users is another one. RQD would find that the

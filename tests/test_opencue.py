@@ -2,12 +2,14 @@
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import psutil
@@ -60,6 +62,31 @@ def test_a_frame_sees_the_gpus_that_rqd_has_reserved_for_it(tmp_path, reserved, 
         capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip
     assert f"sees {seen}\n" in done.stdout
+
+
+@pytest.mark.skipif(harness.missing() is not None, reason=str(harness.missing()))
+def test_the_outline_of_the_readme_is_a_job_of_such_frames(tmp_path):
+    """As OpenCue's own library makes it, which a Cuebot only splits into frames."""
+    text = (SCRIPT.parent / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    launching = "outline.cuerun.launch(job, use_pycuerun=False)"
+    assert launching in code
+    told = "print(outline.cuerun.OutlineLauncher(job).serialize(use_pycuerun=False))"
+    done = subprocess.run(
+        [harness.PYTHON, "-c", code.replace(launching, told)], env={"HOME": str(tmp_path)},
+        cwd=tmp_path, capture_output=True, text=True, check=True, timeout=harness.BOUND_S,
+    )  # fmt: skip
+    layer = ElementTree.fromstring(done.stdout).find(".//layer")
+    assert layer.findtext("range") == "1-100"
+    assert layer.find("env/key").get("name") == "PYTHON"
+    command = layer.findtext("cmd").replace("#IFRAME#", "7")
+    command = command.replace("/path/to/launch/opencue/frame.sh", shlex.quote(str(SCRIPT)))
+    words = words_of(tmp_path, ["sh", "-c", command])
+    config = words.index("--config")
+    del words[config : config + 2]  # there is no such file here
+    _, settings = accepted(words)
+    assert (settings.seed, settings.output) == (7, Path("/mnt/pictures/7.png"))
+    assert settings.prompt == "a hill at dawn"
 
 
 @pytest.fixture(scope="module", params=["RQD's own user", "the job's user"])

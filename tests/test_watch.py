@@ -32,6 +32,31 @@ def test_ranks_that_end_well_are_left_alone(ranks):
     assert run_ranks(ranks, end_well) == [True] * ranks
 
 
+def live_through(mesh, folder):
+    quick()
+    said = []
+    over = Watch(mesh, 60, end=said.append)
+    (folder / f"{mesh.rank}.runs").touch()
+    while not (folder / "goes on").exists():
+        time.sleep(0.01)
+    time.sleep(10 * watch.BEAT_S)
+    over.close()
+    return said
+
+
+def test_a_job_that_is_halted_as_a_whole_and_goes_on_is_left_alone(tmp_path):
+    """As by Ctrl-Z, or by a scheduler that suspends it for a more urgent one."""
+    with started_ranks(2, live_through, tmp_path) as (ranks, receivers):
+        while len(list(tmp_path.glob("*.runs"))) < 2:
+            time.sleep(0.01)
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for process in ranks:
+                os.kill(process.pid, number)
+            time.sleep(7)  # longer than `quick` has patience
+        (tmp_path / "goes on").touch()
+        assert [receiver.recv() for receiver in receivers] == [(True, []), (True, [])]
+
+
 def tell_and_end(folder, mesh, said):
     """With a rank gone, nobody can take leave of all others in good order."""
     part = folder / f"{mesh.rank}.part"
