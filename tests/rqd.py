@@ -136,7 +136,7 @@ class Rqd:
 
     def processes(self, frame: str) -> list[psutil.Process]:
         """Those of a frame: RQD puts its name into their environment."""
-        return [p for p in processes(self.folder) if p.environ().get("frame") == f"0007-{frame}"]
+        return processes(self.folder, frame=f"0007-{frame}")
 
     def report(self, name: str, value: str | None = None) -> dict[str, object]:
         """The first report that has this name (and value), once it has come."""
@@ -225,12 +225,14 @@ def _kill(folder: Path) -> None:
             process.wait(BOUND_S)
 
 
-def processes(folder: Path) -> list[psutil.Process]:
-    """Those that have the folder's name in their environment, and are not dead."""
+def processes(folder: Path, frame: str | None = None) -> list[psutil.Process]:
+    """Those that have the folder's name, and a frame's, in their environment, and are not dead."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            marked = process.environ().get(_MARK) == str(folder)
-            if marked and process.status() != psutil.STATUS_ZOMBIE:
+            environment = process.environ()
+            ours = environment.get(_MARK) == str(folder)
+            wanted = frame is None or environment.get("frame") == frame
+            if ours and wanted and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found

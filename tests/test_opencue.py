@@ -12,7 +12,6 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
-import psutil
 import pytest
 
 from engine.config import UserError
@@ -148,9 +147,21 @@ def wait_for_a_checkpoint(rqd, frame, picture):
     return checkpoint
 
 
+@pytest.mark.slow
+def test_no_line_of_a_failure_is_lost(rqd):
+    """Of lines that come together and are the last ones, RQD by itself notes the first."""
+    program = rqd.folder / "program"
+    program.write_text("#!/bin/sh\necho 'a warning' >&2\nseq -f 'line %g of 50' 50\nexit 3\n")
+    program.chmod(0o755)
+    frame = rqd.launch(shlex.join([str(SCRIPT), "7"]), PYTHON=str(program))
+    assert rqd.ended(frame) == (3, 0)
+    said = rqd.log(frame).splitlines()
+    expected = ["a warning", *[f"line {i} of 50" for i in range(1, 51)], "exit code 3"]
+    assert [line for line in said if line in expected] == expected
+
+
 @pytest.mark.long
 def test_a_frame_paints_and_its_log_follows_it_to_the_end(rqd, whole):
-    """RQD loses the last of the lines that come together, unless the script helps."""
     frame, picture = whole
     log = rqd.log(frame)
     assert by_pillow(picture).shape[:2] == (64, 64)
@@ -182,12 +193,10 @@ def test_a_lost_rank_fails_the_frame_with_the_line_that_names_it(rqd, launch):
 def test_a_frame_that_was_killed_goes_on_when_it_is_retried(rqd, launch, whole):
     frame, picture = launch("killed")
     checkpoint = wait_for_a_checkpoint(rqd, frame, picture)
-    processes = rqd.processes(frame)
-    assert len([p for p in processes if "RANK" in p.environ()]) == 2
+    assert len([p for p in rqd.processes(frame) if "RANK" in p.environ()]) == 2
     rqd.kill(frame)
     assert rqd.ended(frame) == (1, signal.SIGKILL)
-    assert psutil.wait_procs(processes, timeout=30)[1] == []
-    assert rqd.processes(frame) == []
+    wait_until(lambda: not rqd.processes(frame), lambda: rqd.processes(frame))
     assert checkpoint.exists()
     assert not picture.exists()
 
