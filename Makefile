@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+RQD := .rqd
 
-.PHONY: demo test test-long browser schedulers lint clean
+.PHONY: demo test test-long browser schedulers packages lint clean
 
 # Paint the configs/demo.yaml landscape: one rank a GPU, or two ranks that share the cores.
 demo: $(READY)
@@ -26,10 +27,25 @@ browser:
 	    { apt-get update -q && apt-get install -qy --no-install-recommends chromium chromium-driver; }
 	npm install --silent --prefix .browser openseadragon@6.1
 
-# What tests/test_slurm.py starts a cluster of, and is skipped without: on Debian, as root.
-schedulers:
-	command -v slurmctld && command -v munged || \
-	    { apt-get update -q && apt-get install -qy --no-install-recommends slurm-wlm munge; }
+# What tests/test_slurm.py starts a cluster of, tests/test_opencue.py a render host of, and
+# tests/test_namespaces.py two hosts: each is skipped without. `make -k` gets what there is to get.
+schedulers: packages $(RQD)/.ready
+
+# On Debian, as root.
+packages:
+	command -v slurmctld && command -v munged && command -v ip && command -v time || \
+	    { apt-get update -q && \
+	      apt-get install -qy --no-install-recommends slurm-wlm munge iproute2 time; }
+
+# OpenCue's RQD wants another psutil than the engine, so it has an environment of its own. Without
+# pynput, which watches keyboards and has to be compiled: only RQD's nimby, off here, imports it.
+$(RQD)/.ready: Makefile
+	$(PYTHON) -m venv $(RQD)
+	$(RQD)/bin/pip install --quiet psutil==5.9.8 future==1.0.0 grpcio \
+	    protobuf packaging PyYAML
+	$(RQD)/bin/pip install --quiet --no-deps opencue-rqd==1.37.0 opencue-proto==1.37.0 \
+	    opencue-pycue==1.37.0 opencue-pyoutline==1.37.0
+	touch $@
 
 lint: $(READY)
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
@@ -42,4 +58,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .browser .mypy_cache .pytest_cache .ruff_cache .hypothesis outputs
+	rm -rf $(VENV) $(RQD) .browser .mypy_cache .pytest_cache .ruff_cache .hypothesis outputs

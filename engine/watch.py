@@ -10,13 +10,14 @@ wait for other ranks may compute, in circles). A rank that is killed or halted s
 the store. Where no rank moves, all but one wait for another, and that one is the culprit. Whichever
 live rank comes first in the order of ranks then says so in one line, and all end with exit code 3:
 
-    error: rank 3 on host node07 has stopped (killed or halted) while: lake.png, rung 2, step 7
+    error: rank 3 on host node07 has stopped (killed, halted, cut off) while: lake.png, rung 2
 
 A collective that fails because a peer is gone raises in the middle of some layer. Then the watch
 looks up which rank has fallen silent, and `LostRank` is raised instead, so that the line is the
 same however the others learn of it. The store is served by the first rank. If it is that one which
-has gone, nobody can ask it, and that tells who it was. A rank that is alone keeps a store to
-itself, and is watched for not moving.
+has gone, or a cable, nobody can ask it, and that tells who it was; then one rank of every host says
+so, since it cannot know what is left of the others. A rank that is alone keeps a store to itself,
+and is watched for not moving.
 """
 
 import json
@@ -116,6 +117,8 @@ class Watch:
     def close(self) -> None:
         """This rank has come to its end in good order, and none has to wait for its beats."""
         self.fall_silent()
+        if any(thread.is_alive() for thread in self._threads):
+            return  # within a call to a store that is cut off, where another one would wait for it
         with suppress(RuntimeError):  # the first rank may be gone already
             self._tell(ended=True)
 
@@ -146,10 +149,20 @@ class Watch:
 
     def _judge(self) -> None:
         """Ends the process when something is wrong with the job."""
+        looked = time.monotonic()
         while not self._over.wait(BEAT_S):
+            if time.monotonic() - looked > DEAD_S / 2:
+                self._forgive()
+            looked = time.monotonic()
             if (said := self._verdict(DEAD_S)) is not None and not self._over.is_set():
                 self._end(said if self._speaks(DEAD_S) else "")
                 return
+
+    def _forgive(self) -> None:
+        """Count every silence from now on: this process has itself been halted (Ctrl-Z, a scheduler
+        that suspends a job), so it has heard nobody, and the others have perhaps been so too."""
+        self._answered = time.monotonic()
+        self._heard.update(dict.fromkeys(self._heard, self._answered))
 
     def _tell(self, ended: bool = False) -> None:
         quiet, waits = self._look()
@@ -174,8 +187,9 @@ class Watch:
             frame = frame.f_back
         file = Path(top.f_code.co_filename) if top else Path()
         waits = any(file.is_relative_to(folder) for folder in _EXCHANGES)
+        halted = time.monotonic() - self._looked > DEAD_S / 2  # and could not move
         works = self._works()
-        if tuple(stack) != self._stack or (works and not waits):
+        if tuple(stack) != self._stack or (works and not waits) or halted:
             self._stack, self._since = tuple(stack), time.monotonic()
         return time.monotonic() - self._since, waits
 
@@ -195,7 +209,8 @@ class Watch:
             return None if gone.ended else _stopped(gone)
         running = [beat for beat in self._last.values() if not beat.ended]
         for beat in running:
-            if now - self._heard[beat.rank] > silent_s:
+            # As the store last told: when it does not answer, nobody's beats come, but that is it.
+            if self._answered - self._heard[beat.rank] > silent_s:
                 return _stopped(beat)
         if running and all(beat.quiet_s > self._stall_s for beat in running):
             # The others wait for it.
@@ -204,16 +219,19 @@ class Watch:
         return None
 
     def _speaks(self, silent_s: float) -> bool:
-        """Whether this is the first rank that is alive."""
+        """Whether this is the first rank that is alive, of all or of those that it can hear."""
         now = time.monotonic()
         if now - self._answered > silent_s:
-            return self._mesh.rank == 1  # the first one is gone, and nothing is heard of others
-        alive = [rank for rank, at in self._heard.items() if now - at <= silent_s]
+            # Nothing is heard of others, and those on other hosts may be as good as gone: each host
+            # has a word in its own log.
+            here = [rank for rank, beat in self._last.items() if beat.host == self._host]
+            return self._mesh.rank == min((rank for rank in here if rank != 0), default=None)
+        alive = [rank for rank, at in self._heard.items() if self._answered - at <= silent_s]
         return self._mesh.rank == min([*alive, self._mesh.rank])
 
 
 def _stopped(beat: Beat) -> str:
-    return f"{beat} has stopped (killed or halted) while: {beat.doing}"
+    return f"{beat} has stopped (killed, halted, cut off) while: {beat.doing}"
 
 
 def _end(said: str) -> None:

@@ -11,12 +11,17 @@ A rank takes seconds to import what it needs, and a signal in that time must not
 with SIGTERM and SIGINT ignored, and the launcher repeats them until the rank has noted them. So
 another `--module` must handle them too, or is not ended by them.
 
+Ranks of several hosts must find each other. Left to itself, gloo listens where the host's own name
+resolves to, which on many a machine is nowhere or 127.0.1.1, and no other host gets through. So the
+launcher names the network interface that leads to rank 0, unless GLOO_SOCKET_IFNAME is set already.
+
 A rank that has ended badly gives the others `--grace-s` to say why and to end by themselves; then
 they are killed. If the launcher itself is killed, the kernel ends its ranks with it.
 """
 
 import argparse
 import ctypes
+import ipaddress
 import os
 import signal
 import socket
@@ -26,6 +31,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+
+import psutil
 
 from engine.exits import DONE, FAILED, MISTAKEN, STOPPED
 
@@ -87,7 +94,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 def _environment(options: argparse.Namespace, local_rank: int, count: int) -> dict[str, str]:
     """What torch.distributed wants to know of a rank."""
     threads = max(1, (os.cpu_count() or 1) // count)
-    return {
+    environment = {
         "RANK": str(options.node_rank * count + local_rank),
         "LOCAL_RANK": str(local_rank),
         "WORLD_SIZE": str(options.nnodes * count),
@@ -96,6 +103,27 @@ def _environment(options: argparse.Namespace, local_rank: int, count: int) -> di
         "MASTER_PORT": str(options.master_port),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
     }
+    if options.nnodes > 1 and (interface := _interface_to(options.master_addr)) is not None:
+        environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", interface)
+    return environment
+
+
+def _interface_to(host: str) -> str | None:
+    """The network interface by which this host reaches another one, or is reached by it.
+
+    None if that cannot be told, or if it is loopback: rank 0's own host may think so of its name.
+    """
+    try:
+        family, kind, _, _, there = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as trial:
+            trial.connect(there)  # of a datagram socket: nothing is sent, only a route chosen
+            here = trial.getsockname()[0].split("%")[0]
+    except OSError:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if here in [own.address.split("%")[0] for own in addresses]:
+            return None if ipaddress.ip_address(here).is_loopback else name
+    return None
 
 
 def _count_gpus() -> int:

@@ -138,14 +138,14 @@ def _configure(folder: Path) -> None:
     key.chmod(0o400)
     text = _CONFIG.format(
         host=socket.gethostname().split(".")[0],
-        ports=_free_ports(1 + len(NODES)),
+        ports=free_ports(1 + len(NODES)),
         folder=folder,
         cores=os.cpu_count(),
     )
     (folder / "slurm.conf").write_text(text)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         trials = [stack.enter_context(socket.socket()) for _ in range(count)]
         for trial in trials:

@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
+import launch.__main__ as launcher
 from launch.__main__ import worst
 from tests.pictures import by_pillow
 
@@ -80,6 +81,31 @@ def whole(tiny_model, tmp_path_factory):
 )  # fmt: skip
 def test_the_exit_code_of_all(codes, code):
     assert worst(codes) == code
+
+
+def variables(*words):
+    """What a rank finds in its environment."""
+    options, _ = launcher._parse(words)
+    return launcher._environment(options, 0, 1)
+
+
+SEVERAL = ["--nnodes", "2", "--master-port", "29500", "--master-addr"]
+
+
+def test_ranks_of_one_host_meet_where_they_like():
+    assert "GLOO_SOCKET_IFNAME" not in variables()
+
+
+def test_hosts_that_are_this_one_are_not_told_an_interface():
+    """tests/test_namespaces.py has the others."""
+    assert "GLOO_SOCKET_IFNAME" not in variables(*SEVERAL, "127.0.0.1")
+
+
+def test_an_interface_of_ones_own_choice_stays(monkeypatch):
+    monkeypatch.setattr(launcher, "_interface_to", lambda host: "eth0")
+    assert variables(*SEVERAL, "10.0.0.1")["GLOO_SOCKET_IFNAME"] == "eth0"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    assert variables(*SEVERAL, "10.0.0.1")["GLOO_SOCKET_IFNAME"] == "ib0"
 
 
 @pytest.mark.slow

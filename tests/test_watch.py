@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from contextlib import suppress
 
@@ -29,6 +30,31 @@ def end_well(mesh):
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_ranks_that_end_well_are_left_alone(ranks):
     assert run_ranks(ranks, end_well) == [True] * ranks
+
+
+def live_through(mesh, folder):
+    quick()
+    said = []
+    over = Watch(mesh, 60, end=said.append)
+    (folder / f"{mesh.rank}.runs").touch()
+    while not (folder / "goes on").exists():
+        time.sleep(0.01)
+    time.sleep(10 * watch.BEAT_S)
+    over.close()
+    return said
+
+
+def test_a_job_that_is_halted_as_a_whole_and_goes_on_is_left_alone(tmp_path):
+    """As by Ctrl-Z, or by a scheduler that suspends it for a more urgent one."""
+    with started_ranks(2, live_through, tmp_path) as (ranks, receivers):
+        while len(list(tmp_path.glob("*.runs"))) < 2:
+            time.sleep(0.01)
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for process in ranks:
+                os.kill(process.pid, number)
+            time.sleep(7)  # longer than `quick` has patience
+        (tmp_path / "goes on").touch()
+        assert [receiver.recv() for receiver in receivers] == [(True, []), (True, [])]
 
 
 def tell_and_end(folder, mesh, said):
@@ -77,8 +103,56 @@ def test_a_rank_that_is_gone_is_named_by_the_first_of_the_others(tmp_path, how, 
     with started_ranks(3, wait_and_tell, tmp_path, victim, how):
         first, other = told(tmp_path, sorted({0, 1, 2} - {victim}))
     assert first.startswith(f"rank {victim} on host ")
-    assert first.endswith("has stopped (killed or halted) while: counting sheep")
+    assert first.endswith("has stopped (killed, halted, cut off) while: counting sheep")
     assert other == ""
+
+
+def lose_the_first(mesh, folder):
+    """Two ranks on each of two hosts, by their names, and the one that serves the store dies."""
+    quick()
+    watch.socket.gethostname = lambda: f"host{mesh.rank // 2}"
+    said = []
+    Watch(mesh, 60, end=said.append)
+    mesh.barrier()
+    time.sleep(3 * watch.BEAT_S)
+    if mesh.rank == 0:
+        die()
+    while not said:
+        time.sleep(0.05)
+    tell_and_end(folder, mesh, said[0])
+
+
+def test_every_host_says_that_the_first_rank_is_gone(tmp_path):
+    """They do not hear each other any more either: for all that they know, the network is gone."""
+    with started_ranks(4, lose_the_first, tmp_path):
+        neighbour, first, second = told(tmp_path, [1, 2, 3])
+    assert neighbour.startswith("rank 0 on host host0 has stopped")
+    assert (first, second) == (neighbour, "")
+
+
+class CutOff:
+    """A store that does not answer. As torch's do, it takes one call at a time."""
+
+    def __init__(self):
+        self.called, self._turn = threading.Event(), threading.Lock()
+
+    def set(self, *_):
+        with self._turn:
+            self.called.set()
+            threading.Event().wait()
+
+
+def close_without_a_store(mesh):
+    quick()
+    over = Watch(mesh, 60)
+    over._store = CutOff()
+    over._store.called.wait()
+    over.close()
+    return True
+
+
+def test_taking_leave_does_not_wait_for_a_store_that_is_cut_off():
+    assert run_ranks(1, close_without_a_store) == [True]
 
 
 def hang_or_wait(mesh, victim):
@@ -159,7 +233,7 @@ def test_a_failed_collective_is_explained_by_one_rank(tmp_path, victim):
     with started_ranks(3, explain_a_loss, tmp_path, victim):
         first, other = told(tmp_path, sorted({0, 1, 2} - {victim}))
     assert first.startswith(f"True rank {victim} on host ")
-    assert first.endswith("has stopped (killed or halted) while: painting")
+    assert first.endswith("has stopped (killed, halted, cut off) while: painting")
     assert other == first.replace("True", "False")
 
 
