@@ -93,7 +93,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 def _environment(options: argparse.Namespace, local_rank: int, count: int) -> dict[str, str]:
     """What torch.distributed wants to know of a rank."""
-    threads = max(1, (os.cpu_count() or 1) // count)
+    threads = max(1, len(os.sched_getaffinity(0)) // count)
     environment = {
         "RANK": str(options.node_rank * count + local_rank),
         "LOCAL_RANK": str(local_rank),
