@@ -35,23 +35,38 @@ def parse(
     model: type[M],
     argv: Sequence[str] | None = None,
     read: Callable[[Path], dict[str, Any]] | None = None,
+    prog: str = "python -m engine.generate",
 ) -> M:
     """The settings of a command line (default: sys.argv[1:]) and of the `--config` file in it.
 
-    `read` is how the file is read, by default as YAML. Raises UserError for every mistake.
-    `--help` prints help and raises SystemExit(0).
+    `read` is how the file is read, by default as YAML; `prog` is how the command is called. Raises
+    UserError for every mistake. `--help` prints help and raises SystemExit(0).
     """
-    flags = _read_flags(model, argv)
+    flags = _read_flags(model, argv, prog, also_pictures=read is not None)
     file = flags.pop((_CONFIG,), None)
     flags.pop((_LOCAL_RANK,), None)
     values = {} if file is None else (read or read_yaml)(Path(file))
     for keys, value in flags.items():
         _put(values, keys, value)
+    return judge(model, values, flags, file)
+
+
+def judge(
+    model: type[M],
+    values: Mapping[str, Any],
+    flags: Mapping[tuple[str, ...], str] | None = None,
+    file: str | None = None,
+) -> M:
+    """The model of `values`; `flags` and `file` are where they come from, to name the place.
+
+    Raises:
+        UserError: the first thing that is wrong with them.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{_place(first, flags, file)}{_sentence(model, first)}") from None
+        raise UserError(f"{_place(first, flags or {}, file)}{sentence(model, first)}") from None
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -66,7 +81,9 @@ class _Words(tuple[str, ...]):
     """The words after a flag, as they were typed; tells a typed value from a default."""
 
 
-def _read_flags(model: type[BaseModel], argv: Sequence[str] | None) -> dict[tuple[str, ...], str]:
+def _read_flags(
+    model: type[BaseModel], argv: Sequence[str] | None, prog: str, also_pictures: bool
+) -> dict[tuple[str, ...], str]:
     """The flags that were typed: {('output', 'format'): 'png'} for `--output.format png`.
 
     tyro gets a type in which every setting takes any number of words and nothing can be wrong with
@@ -76,8 +93,8 @@ def _read_flags(model: type[BaseModel], argv: Sequence[str] | None) -> dict[tupl
 
     typed: Any
     typed, unknown = tyro.cli(
-        _words_type(model, **_flags_that_are_no_settings()),
-        prog="python -m engine.generate",
+        _words_type(model, **_flags_that_are_no_settings(also_pictures)),
+        prog=prog,
         description=model.__doc__,
         args=argv,
         return_unknown_args=True,
@@ -103,12 +120,10 @@ def _words_type(model: type[BaseModel], **extra: Any) -> type:
     return make_dataclass(model.__name__, [(name, *spec) for name, spec in fields.items()])
 
 
-def _flags_that_are_no_settings() -> dict[str, Any]:
-    config = _words(
-        "FILE.yaml",
-        "Settings to start from; flags win over the file. A finished picture will do too.",
-        "(optional)",
-    )
+def _flags_that_are_no_settings(also_pictures: bool) -> dict[str, Any]:
+    told = "Settings to start from; flags win over the file."
+    told += " A finished picture will do too." if also_pictures else ""
+    config = _words("FILE.yaml", told, "(optional)")
     local_rank = _words("INT", "Accepted and ignored, since some launchers add it.", "")
     return {
         _CONFIG: (config, field(default=None)),
@@ -244,7 +259,7 @@ def _place(error: ErrorDetails, flags: Mapping[tuple[str, ...], str], file: str 
     return "".join(f"{part}: " for part in (file, ".".join(keys)) if part)
 
 
-def _sentence(model: type[BaseModel], error: ErrorDetails) -> str:
+def sentence(model: type[BaseModel], error: ErrorDetails) -> str:
     """Pydantic's error in the house's words; a new kind of field may bring a new line here."""
     limits = error.get("ctx", {})
     value = "an empty value" if error["input"] is None else repr(error["input"])

@@ -35,6 +35,7 @@ FLOORS = {
     "engine.plan": 6,
     "engine.pipeline": 8,
     "engine.generate": 9,
+    "engine.serve": 10,
 }
 TRAINING_FLOOR = 9  # engine.demo.train and what is around it: a command of its own
 MODULES = sorted(ENGINE.rglob("*.py"))
