@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 import engine
 from engine.serve import generations, images
@@ -29,7 +30,7 @@ from engine.serve.service import Service
 router = APIRouter()
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(service: Service) -> ASGIApp:
     """The routes of `service`, behind its doors."""
     app = FastAPI(
         title="linfusion-engine",
@@ -49,8 +50,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(Exception, _say_bug)
     has_names = service.key is None and service.settings.is_private
     hosts = frozenset({service.settings.host}) if has_names else None
-    app.add_middleware(Doors, key=service.key, hosts=hosts)
-    return app
+    return Doors(app, service.key, hosts)  # around all of it: nothing answers before they do
 
 
 @router.get("/healthz")

@@ -124,7 +124,7 @@ async def preview(job: Asked, service: Here, request: Request) -> Response:
 @router.get("/{job_id}/view")
 async def to_view(job: Asked) -> Response:
     """The page names its tiles relative to itself, so it has to be in a folder."""
-    return RedirectResponse(f"{job.id}/view/", 308)
+    return RedirectResponse("view/", 308)
 
 
 @router.get("/{job_id}/view/")
