@@ -29,6 +29,7 @@ from torch import Tensor
 from engine import output, provenance
 from engine.config import Settings, UserError
 from engine.ladder import Rung, State, fresh_scheduler
+from engine.parsing import flat
 
 _TENSORS = ("latent", "reference", "noise", "anchor", "colours")
 
@@ -126,7 +127,7 @@ def is_finished(settings: Settings) -> bool:
 
 def _require_same(path: Path, kept: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     if (name := _difference(kept, asked)) is not None:
-        was, now = _flat(kept).get(name), _flat(asked).get(name)
+        was, now = flat(kept).get(name), flat(asked).get(name)
         raise UserError(
             f"{path}: this checkpoint was painted with {name} {was!r}, not {now!r}; ask for the "
             "same, or remove it to begin anew"
@@ -144,21 +145,11 @@ _OPEN = {
 
 def _difference(kept: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:
     """The first setting that differs."""
-    was, now = _flat(kept), _flat(asked)
+    was, now = flat(kept), flat(asked)
     for name, value in now.items():
         if _OPEN.get(name) != value and name != "codec.rungs" and was.get(name) != value:
             return name
     return None
-
-
-def _flat(facts: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in facts.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{above}{name}.")
-        else:
-            flat[f"{above}{name}"] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 # --- what is in the file --------------------------------------------------------------------------

@@ -15,7 +15,7 @@ Several numbers are a YAML list, or on the command line words with commas: `--la
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -26,47 +26,90 @@ from pydantic_core import ErrorDetails
 
 M = TypeVar("M", bound=BaseModel)
 
+PROG = "python -m engine.generate"
+
 
 class UserError(ValueError):
     """A user's mistake: one sentence that says what is wrong and what would work."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a user gave, not judged yet.
+
+    Attributes:
+        flags: those that were typed, with the keys of the setting that each one names.
+        values: what is in the file, a tree; and the file's name, if one was given.
+        others: flags that are no settings.
+    """
+
+    flags: Mapping[tuple[str, ...], str]
+    values: dict[str, Any]
+    file: str | None
+    others: Mapping[str, str]
+
+    def over(self, values: dict[str, Any]) -> dict[str, Any]:
+        """`values` with what the flags say instead."""
+        for keys, value in self.flags.items():
+            put(values, keys, value)
+        return values
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag that is no setting, as `--help` shows it."""
+
+    metavar: str
+    help: str
 
 
 def parse(
     model: type[M],
     argv: Sequence[str] | None = None,
     read: Callable[[Path], dict[str, Any]] | None = None,
-    prog: str = "python -m engine.generate",
+    prog: str = PROG,
 ) -> M:
     """The settings of a command line (default: sys.argv[1:]) and of the `--config` file in it.
 
-    `read` is how the file is read, by default as YAML; `prog` is how the command is called. Raises
-    UserError for every mistake. `--help` prints help and raises SystemExit(0).
+    `read` is how the file is read, by default as YAML; `prog` is what `--help` calls the program.
+    Raises UserError for every mistake. `--help` prints help and raises SystemExit(0).
     """
-    flags = _read_flags(model, argv, prog, also_pictures=read is not None)
-    file = flags.pop((_CONFIG,), None)
-    flags.pop((_LOCAL_RANK,), None)
-    values = {} if file is None else (read or read_yaml)(Path(file))
-    for keys, value in flags.items():
-        _put(values, keys, value)
-    return judge(model, values, flags, file)
+    given = gather(model, argv, read, prog=prog)
+    return judge(model, given.over(given.values), given)
 
 
-def judge(
-    model: type[M],
-    values: Mapping[str, Any],
-    flags: Mapping[tuple[str, ...], str] | None = None,
-    file: str | None = None,
-) -> M:
-    """The model of `values`; `flags` and `file` are where they come from, to name the place.
+def gather(
+    model: type[BaseModel],
+    argv: Sequence[str] | None = None,
+    read: Callable[[Path], dict[str, Any]] | None = None,
+    others: Mapping[str, Flag] | None = None,
+    prog: str = PROG,
+) -> Given:
+    """What a command line and the `--config` file in it say; `others` are flags to take as well.
 
     Raises:
-        UserError: the first thing that is wrong with them.
+        UserError: a flag that is unknown or has no value, a file that cannot be read.
+    """
+    flags = _read_flags(model, argv, others or {}, prog)
+    file = flags.pop((_CONFIG,), None)
+    flags.pop((_LOCAL_RANK,), None)
+    found = {name: flags.pop((name,)) for name in others or {} if (name,) in flags}
+    values = {} if file is None else (read or read_yaml)(Path(file))
+    return Given(flags, values, file, found)
+
+
+def judge(model: type[M], values: Mapping[str, Any], given: Given) -> M:
+    """The settings that `values` come to.
+
+    Raises:
+        UserError: the first mistake in them, with the flag or the key of the file that has it.
     """
     try:
         return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{_place(first, flags or {}, file)}{sentence(model, first)}") from None
+        place = _place(first, given.flags, given.file)
+        raise UserError(f"{place}{sentence(model, first)}") from None
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -82,7 +125,7 @@ class _Words(tuple[str, ...]):
 
 
 def _read_flags(
-    model: type[BaseModel], argv: Sequence[str] | None, prog: str, also_pictures: bool
+    model: type[BaseModel], argv: Sequence[str] | None, others: Mapping[str, Flag], prog: str
 ) -> dict[tuple[str, ...], str]:
     """The flags that were typed: {('output', 'format'): 'png'} for `--output.format png`.
 
@@ -93,7 +136,7 @@ def _read_flags(
 
     typed: Any
     typed, unknown = tyro.cli(
-        _words_type(model, **_flags_that_are_no_settings(also_pictures)),
+        _words_type(model, **_flags_that_are_no_settings(others, prog == PROG)),
         prog=prog,
         description=model.__doc__,
         args=argv,
@@ -101,7 +144,7 @@ def _read_flags(
     )
     flags = {keys: _one_word(model, keys, words) for keys, words in _typed_words(typed)}
     if unknown:
-        raise UserError(_unknown_flag(model, unknown[0].partition("=")[0]))
+        raise UserError(_unknown_flag(model, unknown[0].partition("=")[0], others))
     return flags
 
 
@@ -120,15 +163,14 @@ def _words_type(model: type[BaseModel], **extra: Any) -> type:
     return make_dataclass(model.__name__, [(name, *spec) for name, spec in fields.items()])
 
 
-def _flags_that_are_no_settings(also_pictures: bool) -> dict[str, Any]:
+def _flags_that_are_no_settings(others: Mapping[str, Flag], pictures: bool) -> dict[str, Any]:
     told = "Settings to start from; flags win over the file."
-    told += " A finished picture will do too." if also_pictures else ""
+    told += " A finished picture will do too." if pictures else ""
     config = _words("FILE.yaml", told, "(optional)")
     local_rank = _words("INT", "Accepted and ignored, since some launchers add it.", "")
-    return {
-        _CONFIG: (config, field(default=None)),
-        _LOCAL_RANK: (local_rank, field(default=None)),
-    }
+    words = {name: _words(flag.metavar, flag.help, "(optional)") for name, flag in others.items()}
+    words |= {_CONFIG: config, _LOCAL_RANK: local_rank}
+    return {name: (word, field(default=None)) for name, word in words.items()}
 
 
 def _words(metavar: str, description: str | None, hint: str | None = None) -> Any:
@@ -164,7 +206,7 @@ def _typed_words(typed: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tupl
 
 
 def _one_word(model: type[BaseModel], keys: tuple[str, ...], words: _Words) -> str:
-    info = _model_at(model, keys[:-1]).model_fields.get(keys[-1])
+    info = model_at(model, keys[:-1]).model_fields.get(keys[-1])
     if not words and info is not None and info.annotation is bool:
         return "true"
     if not words:
@@ -178,11 +220,12 @@ def _one_word(model: type[BaseModel], keys: tuple[str, ...], words: _Words) -> s
     return words[0]
 
 
-def _unknown_flag(model: type[BaseModel], token: str) -> str:
+def _unknown_flag(model: type[BaseModel], token: str, others: Mapping[str, Flag]) -> str:
     if not token.startswith("-"):
         return f"{token!r}: not a flag; settings are given as --name value, --help lists them"
-    known = [_flag((_CONFIG,)), *(_flag(keys) for keys in _leaves(model))]
-    return f"{token}: unknown flag; {_suggest(token.replace('_', '-'), known, '--help lists them')}"
+    names = [(_CONFIG,), *((name,) for name in others), *leaves(model)]
+    known = [_flag(keys) for keys in names]
+    return f"{token}: unknown flag; {suggest(token.replace('_', '-'), known, '--help lists them')}"
 
 
 def _flag(keys: tuple[str, ...]) -> str:
@@ -212,7 +255,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         siblings = [str(near) for near in sorted(file.parent.glob("*.y*ml"))]
-        hint = _suggest(str(file), siblings, "give the path of a YAML file")
+        hint = suggest(str(file), siblings, "give the path of a YAML file")
         raise UserError(f"--config: {file} does not exist; {hint}") from None
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
@@ -236,7 +279,7 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
     return f"line {mark.line + 1}: {problem}" if mark else "not YAML; remove control characters"
 
 
-def _put(tree: dict[str, Any], keys: tuple[str, ...], value: str) -> None:
+def put(tree: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
     """Set a leaf of nested mappings. A file that has no mapping there is for pydantic to judge."""
     *groups, last = keys
     node: Any = tree
@@ -245,6 +288,25 @@ def _put(tree: dict[str, Any], keys: tuple[str, ...], value: str) -> None:
         if not isinstance(node, dict):
             return
     node[last] = value
+
+
+def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested settings by their names with dots."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            leaves |= flat(value, f"{above}{name}.")
+        else:
+            leaves[f"{above}{name}"] = list(value) if isinstance(value, tuple) else value
+    return leaves
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse of `flat`."""
+    tree: dict[str, Any] = {}
+    for name, value in leaves.items():
+        put(tree, tuple(name.split(".")), value)
+    return tree
 
 
 # --- the sentence ---------------------------------------------------------------------------------
@@ -265,9 +327,9 @@ def sentence(model: type[BaseModel], error: ErrorDetails) -> str:
     value = "an empty value" if error["input"] is None else repr(error["input"])
     match error["type"]:
         case "extra_forbidden" | "invalid_key":
-            known = list(_model_at(model, error["loc"][:-1]).model_fields)
+            known = list(model_at(model, error["loc"][:-1]).model_fields)
             every = f"the keys are {', '.join(known)}"
-            return f"unknown key; {_suggest(str(error['loc'][-1]), known, every)}"
+            return f"unknown key; {suggest(str(error['loc'][-1]), known, every)}"
         case "int_parsing" | "int_type" | "int_from_float":
             return f"{value} is not a whole number; write one such as 8"
         case "float_parsing" | "float_type" | "finite_number":
@@ -289,7 +351,7 @@ def sentence(model: type[BaseModel], error: ErrorDetails) -> str:
     return f"{error['msg'][:1].lower()}{error['msg'][1:]}"
 
 
-def _suggest(word: str, known: Sequence[str], otherwise: str) -> str:
+def suggest(word: str, known: Sequence[str], otherwise: str) -> str:
     close = difflib.get_close_matches(word, known, n=1)
     return f"did you mean {close[0]!r}?" if close else otherwise
 
@@ -299,16 +361,18 @@ def _group(annotation: Any) -> type[BaseModel] | None:
     return annotation if is_model else None
 
 
-def _model_at(model: type[BaseModel], keys: Sequence[str | int]) -> type[BaseModel]:
+def model_at(model: type[BaseModel], keys: Sequence[str | int]) -> type[BaseModel]:
+    """The model in which the last of `keys` names a setting."""
     for key in keys:
         info = model.model_fields.get(str(key))
         model = (info and _group(info.annotation)) or model
     return model
 
 
-def _leaves(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def leaves(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The keys of every setting, those in groups with the group's before them."""
     for name, info in model.model_fields.items():
         if group := _group(info.annotation):
-            yield from _leaves(group, (*above, name))
+            yield from leaves(group, (*above, name))
         else:
             yield (*above, name)

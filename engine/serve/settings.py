@@ -18,8 +18,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field
 
 from engine.config import Group, Real, Settings, UserError, Whole
-from engine.parsing import judge, parse
-from engine.provenance import read_config
+from engine.parsing import Given, judge, parse, read_yaml
 
 PROG = "python -m engine.serve"
 _SHORTEST_KEY = 16
@@ -137,11 +136,16 @@ class Base:
     @classmethod
     def read(cls, path: Path | None) -> Self:
         """Raises UserError: the file is none, or its settings are not the engine's."""
-        values = {} if path is None else read_config(path)
-        settings = judge(Settings, values, file=str(path))
+        if path is None:
+            return cls(None, {}, Settings())
+        try:
+            values = read_yaml(path)
+        except UserError as error:  # it knows the file by another flag
+            raise UserError(str(error).replace("--config:", "--engine-config:")) from None
+        settings = judge(Settings, values, Given({}, values, str(path), {}))
         if settings.plan:
             raise UserError(f"{path}: plan: the service paints; leave it out")
-        return cls(path and path.absolute(), values, settings)
+        return cls(path.absolute(), values, settings)
 
     @property
     def overruled(self) -> list[str]:
@@ -150,4 +154,4 @@ class Base:
 
     def with_job(self, job: dict[str, Any]) -> Settings:
         """The engine's settings for a job. Raises UserError, as the engine would."""
-        return judge(Settings, {**self.values, **job})
+        return judge(Settings, {**self.values, **job}, Given({}, {}, None, {}))
