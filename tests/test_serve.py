@@ -630,6 +630,7 @@ MISTAKES = [
     (["--port", "99999"], "--port: 99999 is too large"),
     (["--host", "0.0.0.0"], "there is no API key"),
     (["--host", "::"], "there is no API key"),
+    (["--without-key"], "without_key goes with a host that others can reach"),
     (["--engine-config", "nowhere.yaml"], "nowhere.yaml does not exist"),
     (["--engine-config", "{bad}"], "heigth: unknown key; did you mean 'height'?"),
     (["--engine-config", "{plan}"], "plan: the service paints"),
@@ -670,6 +671,12 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
 # --- the parts ------------------------------------------------------------------------------------
 
 
+PICTURE = Picture(
+    prompt="a", negative_prompt="", height=8, width=8, seed=0, steps=1, guidance_scale=1.0,
+    output_format="png",
+)  # fmt: skip
+
+
 def base_of(**values: Any) -> Base:
     return Base(None, values, Base.read(None).with_job(values))
 
@@ -690,11 +697,9 @@ def test_the_operators_limits() -> None:
 
 
 def test_records_that_are_none_are_passed_over(tmp_path: Path) -> None:
-    picture = Picture(prompt="a", negative_prompt="", height=8, width=8, seed=0, steps=1,
-                      guidance_scale=1.0, output_format="png")  # fmt: skip
 
     async def fill() -> list[Job]:
-        return await Book(tmp_path, 9, 2, Metrics()).add([picture, picture], "demo")
+        return await Book(tmp_path, 9, 2, Metrics()).add([PICTURE, PICTURE], "demo")
 
     first, second = asyncio.run(fill())
     (tmp_path / first.id / "job.json").write_text('{"id": ')
@@ -709,14 +714,12 @@ def test_records_that_are_none_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_a_record_that_cannot_be_kept_is_no_job(tmp_path: Path) -> None:
-    picture = Picture(prompt="a", negative_prompt="", height=8, width=8, seed=0, steps=1,
-                      guidance_scale=1.0, output_format="png")  # fmt: skip
     (tmp_path / "file").touch()
     book = Book(tmp_path / "file", 9, 2, Metrics())
 
     async def ask() -> None:
         with pytest.raises(ApiError) as caught:
-            await book.add([picture], "demo")
+            await book.add([PICTURE], "demo")
         assert caught.value.status == 507
         await book.flush()
 
@@ -725,9 +728,7 @@ def test_a_record_that_cannot_be_kept_is_no_job(tmp_path: Path) -> None:
 
 
 def test_tiles_have_names_of_numbers(tmp_path: Path) -> None:
-    picture = Picture(prompt="a", negative_prompt="", height=8, width=8, seed=0, steps=1,
-                      guidance_scale=1.0, output_format="png")  # fmt: skip
-    files = Files(tmp_path, Job.of(picture, "demo", 0))
+    files = Files(tmp_path, Job.of(PICTURE, "demo", 0))
     assert files.tile("11", "0_3.jpg") == files.tiles / "11" / "0_3.jpg"
     for level, name in [("..", "0_0.jpg"), ("1", "../0_0.jpg"), ("1", "0_0.jpg\n"), ("", "0_0.jpg"),
                         ("1", "0_0.html"), ("1", "٠_0.jpg"), ("1/2", "0_0.jpg")]:  # fmt: skip
@@ -739,3 +740,40 @@ def test_keys_are_compared_whole() -> None:
     assert not is_key(KEY[:-1], KEY)
     assert not is_key("", KEY)
     assert not is_key("é", KEY)
+
+
+def test_a_checkpoint_of_another_configuration_is_given_up_once(tmp_path: Path) -> None:
+    """The engine refuses to go on from it, which is no mistake of the user's."""
+
+    async def two_mistakes() -> list[str]:
+        book = Book(tmp_path, 9, 2, Metrics())
+        (job,) = await book.add([PICTURE], "demo")
+        checkpoint = tmp_path / job.id / f".{job.file_name}.checkpoint"
+        checkpoint.touch()
+        found = []
+        for _ in range(2):
+            assert book.begin() is job
+            book.ended(job, "mistake", "the checkpoint is of other settings")
+            found.append(job.status)
+            assert not checkpoint.exists()
+        await book.flush()
+        return found
+
+    assert asyncio.run(two_mistakes()) == ["queued", "failed"]
+
+
+def test_a_server_that_dies_of_a_job_gives_it_up(tmp_path: Path) -> None:
+    async def begun() -> Job:
+        book = Book(tmp_path, 9, 0, Metrics())
+        (job,) = await book.add([PICTURE], "demo")
+        book.begin()
+        await book.flush()
+        return job
+
+    name = asyncio.run(begun()).id
+    book = Book(tmp_path, 9, 0, Metrics())
+    book.read()
+    job = book.get(name)
+    assert (job.status, book.waiting) == ("failed", 0)
+    assert job.error is not None
+    assert "the service has died" in job.error.message

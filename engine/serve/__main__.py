@@ -78,7 +78,7 @@ async def _serve(
             access_log=False,
             lifespan="off",
             server_header=False,
-            proxy_headers=False,
+            forwarded_allow_ips="127.0.0.1",  # a proxy here may say that it was asked by https
             timeout_graceful_shutdown=_LAST_ANSWERS_S,
         )
     )

@@ -81,6 +81,11 @@ class ServeSettings(Group):
     )
     worker: str = Field(default="engine.worker", description="The module that the ranks run.")
 
+    def idle(self) -> dict[str, str]:
+        if self.is_private or self.api_key_file is not None:
+            return {"without_key": "a host that others can reach and no api_key_file"}
+        return {}
+
     @classmethod
     def load(cls, argv: Sequence[str] | None = None) -> Self:
         """The settings of a command line. Raises UserError for every mistake."""
