@@ -17,7 +17,7 @@ import httpx2
 import psutil
 
 ROOT = Path(__file__).parents[1]
-PATIENCE_S = 120
+PATIENCE_S = 240
 
 
 class Service:

@@ -27,7 +27,7 @@ mesh: {guidance: 1}
 checkpoint: {every: 1}
 stall_s: 60
 """
-MANY_STEPS = 150  # so many that something can happen in between
+MANY_STEPS = 60  # so many that something can happen in between
 
 
 @pytest.fixture(scope="module")
