@@ -110,7 +110,7 @@ def pinned(settings: Settings) -> Settings:
 
 def is_finished(settings: Settings) -> bool:
     """Whether the picture is there, painted by these very settings."""
-    if not settings.output.exists():
+    if not all(target.path.exists() for target in output.targets_of(settings)):
         return False
     try:
         facts = provenance.read(settings.output)["settings"]

@@ -28,10 +28,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from engine.bands import Mesh, banded, fetch_rows, scale_rows
 from engine.bands.boundary import Layout, downsampling_factor
@@ -437,6 +439,27 @@ def _latent_moments(vae: AutoencoderKL, like: Tensor) -> tuple[Tensor, Tensor] |
         for numbers in (vae.config.latents_mean, vae.config.latents_std)
     )
     return mean, std
+
+
+@torch.no_grad()
+def glimpse(vae: AutoencoderKL, latent: Tensor, side_px: int = 512) -> np.ndarray:
+    """What a latent [1, 4, H, W] in the making looks like, in small: [h, w, 3] of 8 bits.
+
+    It is thinned, and decoded by this rank alone. Noise above the latents' own spread, as some
+    schedulers have it, is scaled down to that.
+
+    Args:
+        side_px: the longer side at the most.
+    """
+    factor = downsampling_factor(vae.config.block_out_channels)
+    share = min(1.0, side_px / factor / max(latent.shape[-2:]))
+    size = [max(1, round(side * share)) for side in latent.shape[-2:]]
+    small = F.interpolate(latent.float(), size, mode="area")
+    small = _unscale(vae, (small / small.std(correction=0).clamp(min=1)).to(vae.dtype))
+    if vae.post_quant_conv is not None:
+        small = vae.post_quant_conv(small)
+    pixels = vae.decoder(small)  # past the boundary, which would call for the other ranks
+    return to_samples(pixels, "uint8")[0].cpu().numpy()
 
 
 _CHUNK_ROWS = 64

@@ -104,6 +104,11 @@ class Group(BaseModel):
 class MeshSettings(Group):
     """How the ranks share out the work; the band axis is what the other axes leave."""
 
+    image: Whole = Field(
+        default=1,
+        ge=1,
+        description="Groups of ranks that paint pictures of a job side by side, each its own.",
+    )
     guidance: Annotated[Literal["auto", "1", "2"], BeforeValidator(_spell_whole)] = Field(
         default="auto",
         description="Groups of ranks for the two sides of guidance: 2 computes them apart.",
@@ -310,6 +315,10 @@ class FileSettings(Group):
     )
     quality: Whole = Field(
         default=90, ge=1, le=100, description="Of .jpg and .webp files and of the tiles of a .dzi."
+    )
+    view: bool = Field(
+        default=False,
+        description="Beside the file, the same picture as a .dzi with its page, to look at.",
     )
     tiles: Literal["jpg", "png"] = Field(
         default="jpg", description="Format of the tiles of a .dzi; png keeps every bit."

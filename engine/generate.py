@@ -1,11 +1,14 @@
-"""Paint one picture from a sentence, on as many ranks as the launcher started.
+"""Paint a picture from a sentence, or many of them, on as many ranks as the launcher started.
 
     torchrun --nproc_per_node 8 -m engine.generate --prompt "a lake at dawn" --output lake.png
     python -m engine.generate --config configs/demo.yaml --seed 7
     python -m engine.generate --config outputs/demo.png
     torchrun --nproc_per_node 8 -m engine.generate --config configs/sdxl_16k.yaml --plan
+    torchrun --nproc_per_node 8 -m engine.generate --pictures shots.csv --mesh.image 8
 
-Every setting is a flag and a key of the YAML file (`--help` lists them; `engine.config` has them).
+Every setting is a flag and a key of the YAML file (`--help` lists them; `engine.config` has them),
+and `engine.jobs` says how a file asks for many pictures.
+
 What happens is said on rank 0, in one sentence, and by the exit code of every rank:
 
     0     done
@@ -18,134 +21,99 @@ What happens is said on rank 0, in one sentence, and by the exit code of every r
 
 import contextlib
 import io
-import logging
-import os
-import socket
-import sys
-import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-from engine.bands import Mesh, is_first_process, open_mesh
+from engine.bands import Mesh, is_first_process
 from engine.config import Settings, UserError
-from engine.exits import DONE, FAILED, MISTAKEN, STOPPED
-from engine.progress import DIALECTS, Progress, silent
+from engine.exits import DONE, STOPPED
+from engine.jobs import Job, Row, read_job
+from engine.progress import DIALECTS, Progress, ending, silent
 from engine.provenance import read_config
+from engine.session import leave, quiet, run
 from engine.signals import note_signals
-from engine.watch import LostRank, Watch, watching
+from engine.watch import Watch
 
 if TYPE_CHECKING:
     from engine.keeper import Control
-
-
-class _Failed(Exception):
-    """Said already. It leaves the mesh as it is: with a rank gone, taking leave could wait."""
+    from engine.painter import Outcome
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    try:
-        return _main(argv)
-    except _Failed:
-        return FAILED
-
-
-def _main(argv: Sequence[str] | None) -> int:
-    settings, mistake = _read_settings(argv)
+    job, mistake = _read_job(argv)
     told = note_signals()
-    with open_mesh(settings.timeout_s) as mesh:
-        try:
-            with watching(mesh, settings.stall_s) as watch:
-                code, said = _run(settings, mistake, mesh, watch, told)
-                mesh.barrier()
-        except Exception as error:  # of whichever layer: every rank must come to its end
-            _say_failure(mesh, error)
-            raise _Failed from error
-        if mesh.rank == 0:
-            out = sys.stderr if code else sys.stdout
-            print(f"error: {said}" if code == MISTAKEN else said, file=out, flush=True)
-        # torchrun ends all ranks as soon as one has exited: first let rank 0 have its say. What
-        # happens to a rank from here on changes nothing any more.
-        with contextlib.suppress(RuntimeError):
-            mesh.barrier()
-    return code
 
-
-def _say_failure(mesh: Mesh, error: Exception) -> None:
-    """One line by one rank where the watch knows the culprit; else every rank says its own."""
-    if isinstance(error, LostRank):
-        if error.speaks:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return
-    traceback.print_exception(error)
-    said = f"rank {mesh.rank} on host {socket.gethostname()}: {error}"
-    print(f"error: {said}", file=sys.stderr, flush=True)
-
-
-def _run(
-    settings: Settings,
-    mistake: UserError | None,
-    mesh: Mesh,
-    watch: Watch,
-    told: Callable[[], bool],
-) -> tuple[int, str]:
-    """(exit code, what to say), the same on every rank."""
-    try:
+    def work(mesh: Mesh, watch: Watch) -> tuple[int, str]:
         mesh.agree(lambda: _raise(mistake))
-        return _paint(settings, mesh, watch, told)
-    except UserError as error:
-        return MISTAKEN, str(error)
+        # diffusers and transformers take seconds to import: a mistyped flag should not wait.
+        quiet(mesh)
+        if job.settings.plan:
+            return DONE, _plan(job, mesh)
+        return (_paint_all if job.many else _paint)(job, mesh, watch, told)
+
+    return run(job.settings.timeout_s, job.settings.stall_s, work)
 
 
-def _paint(
-    settings: Settings, mesh: Mesh, watch: Watch, told: Callable[[], bool]
-) -> tuple[int, str]:
-    """The picture, or with `--plan` what it would take."""
-    # diffusers and transformers take seconds to import; a mistyped flag should not wait for them.
-    _quiet(mesh)
-    from engine.checkpoint import is_finished, pinned
-    from engine.keeper import Interrupted
-    from engine.pipeline import Engine, plan_job
+def _plan(job: Job, mesh: Mesh) -> str:
+    """What the pictures would take, those of one kind once."""
+    from engine.pipeline import plan_job, planned
 
-    if settings.plan:
-        plan = plan_job(settings, mesh)
+    team = mesh.side_by_side(job.settings.mesh.image)
+    kinds: dict[Settings, list[Settings]] = {}
+    for row in job.rows:
+        if isinstance(settings := row.settings, Settings):
+            kinds.setdefault(mesh.agree(partial(planned, settings)), []).append(settings)
+    texts = []
+    for alike in kinds.values():
+        plan = plan_job(alike[0], team)
         if plan.refusal and mesh.rank == 0:
             print(plan, flush=True)
         plan.check()
-        return DONE, str(plan)
-    if settings.resume:
-        # As rank 0 sees it: the others' disks may show what is new a little later.
-        if mesh.gather_objects(mesh.agree(lambda: is_finished(settings)))[0]:
-            return DONE, f"{settings.output}: is finished already, nothing to do"
-        settings = mesh.gather_objects(mesh.agree(lambda: pinned(settings)))[0]
-    try:
-        engine = Engine.load(settings, mesh, _control(settings, mesh, watch, told))
-        return DONE, str(engine.generate(settings))
-    except Interrupted as stopped:
-        return STOPPED, str(stopped)
+        texts.append(f"{len(alike)} x\n{plan}" if job.many else str(plan))
+    return "\n\n".join(texts)
 
 
-def _quiet(mesh: Mesh) -> None:
-    """Libraries' warnings and loading bars, once: rank 0 speaks for all."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
+def _paint(job: Job, mesh: Mesh, watch: Watch, told: Callable[[], bool]) -> tuple[int, str]:
+    from engine.painter import Painter
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
-    if mesh.rank == 0:
-        logging.basicConfig(format="%(message)s")
-        logging.getLogger("engine").setLevel(logging.INFO)
-    else:
-        diffusers.utils.logging.set_verbosity_error()
+    settings = job.settings
+    if settings.mesh.image > 1:
+        raise UserError("mesh.image: goes with many pictures, and this job is one; leave it out")
+    painter = Painter(mesh, _control(settings, mesh.rank == 0, watch, told))
+    outcome = painter.paint_or_raise(settings)
+    return (STOPPED if outcome.word == "stopped" else DONE), outcome.said
 
 
-def _control(settings: Settings, mesh: Mesh, watch: Watch, told: Callable[[], bool]) -> "Control":
-    """Rank 0 tells of progress; each rank's watch knows what it is doing."""
+def _paint_all(job: Job, mesh: Mesh, watch: Watch, told: Callable[[], bool]) -> tuple[int, str]:
+    from engine.batch import paint_all
+
+    settings = job.settings
+    team = mesh.side_by_side(settings.mesh.image)
+    # Lines of several groups can be told apart, bars and per cents of a whole job cannot.
+    speaks = team.rank == 0 and (mesh.rank == 0 or settings.progress in ("plain", "json"))
+    report = paint_all(
+        job.rows,
+        mesh,
+        team,
+        _control(settings, speaks, watch, told),
+        hear=partial(_say_ending, settings.progress),
+        wait=lambda: watch.doing("waiting for other groups of ranks"),
+    )
+    return report.code, str(report)
+
+
+def _say_ending(dialect: str, row: Row, outcome: "Outcome") -> None:
+    print(ending(dialect, row.index, outcome.word, outcome.said), flush=True)
+
+
+def _control(settings: Settings, speaks: bool, watch: Watch, told: Callable[[], bool]) -> "Control":
+    """A rank that speaks tells of progress; each rank's watch knows what it is doing."""
     from engine.keeper import Control
 
     dialect = "bars" if settings.progress == "auto" else settings.progress
-    listener = DIALECTS[dialect]() if mesh.rank == 0 else silent
+    listener = DIALECTS[dialect]() if speaks else silent
 
     def tell(progress: Progress) -> None:
         watch.doing(str(progress))
@@ -159,8 +127,8 @@ def _raise(mistake: UserError | None) -> None:
         raise mistake
 
 
-def _read_settings(argv: Sequence[str] | None) -> tuple[Settings, UserError | None]:
-    """The settings, or the defaults and what is wrong with them: all ranks meet before any says."""
+def _read_job(argv: Sequence[str] | None) -> tuple[Job, UserError | None]:
+    """The job, or a default and what is wrong with it: all ranks meet before any says."""
     quiet = (
         contextlib.nullcontext()
         if is_first_process()
@@ -168,14 +136,10 @@ def _read_settings(argv: Sequence[str] | None) -> tuple[Settings, UserError | No
     )
     with quiet:  # --help is printed once
         try:
-            return Settings.load(argv, read_config), None
+            return read_job(argv, read_config), None
         except UserError as error:
-            return Settings(), error
+            return Job((Row(0, "", Settings()),), many=False), error
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # At once: threads that still wait for a store or a socket must not be in the interpreter's way.
-    os._exit(code)
+    leave(main())

@@ -43,8 +43,7 @@ def _own_free_memory(mesh: Mesh) -> int:
     hosts = mesh.gather_objects(socket.gethostname())
     if mesh.device.type == "cuda":
         return int(torch.cuda.mem_get_info(mesh.device)[0])
-    on_this_host = hosts.count(hosts[mesh.rank])
-    return free_host_bytes() // on_this_host
+    return free_host_bytes() // (mesh.crowd or hosts.count(hosts[mesh.rank]))
 
 
 def free_host_bytes() -> int:

@@ -45,7 +45,7 @@ FLAGS = {
     ),
     "only": Flag("ROWS", "Which of many pictures to paint, by their numbers: 3,7-9."),
 }
-_JOB_WIDE = ("plan", "progress", "timeout_s", "stall_s", "device", "mesh.image")
+JOB_WIDE = ("plan", "progress", "timeout_s", "stall_s", "device", "mesh.image")
 _PROMPTS = ("prompt", "negative_prompt")
 _NAME = re.compile(r"\{([A-Za-z_][\w.]*)(?::([^{}]*))?\}")
 _LONGEST_SLUG = 60
@@ -189,7 +189,7 @@ def _row(index: int, place: str, base: Values, said: Values | UserError, given: 
 
 def _spelt_out(row: Values) -> Values:
     """`row` with its size as width and height, and with nothing that only a whole job can have."""
-    for name in _JOB_WIDE:
+    for name in JOB_WIDE:
         if name in row:
             raise UserError(f"{name}: is of the whole job; say it outside of pictures")
     if "size" not in row:
@@ -252,12 +252,12 @@ def _refuse_same_output(rows: Iterable[Row]) -> None:
         if isinstance(row.settings, UserError):
             continue
         path = row.settings.output.absolute()
-        if path in seen:
-            raise UserError(
-                f"output: pictures {seen[path]} and {row.index} would both be {path.name}; name "
-                "them apart, such as outputs/{index:04d}.png"
-            )
-        seen[path] = row.index
+        for file in {path, path.with_suffix(".dzi") if row.settings.file.view else path}:
+            if (other := seen.setdefault(file, row.index)) != row.index:
+                raise UserError(
+                    f"output: pictures {other} and {row.index} would both be {file.name}; name "
+                    "them apart, such as outputs/{index:04d}.png"
+                )
 
 
 def _chosen(rows: Sequence[Row], only: str | None) -> Iterator[Row]:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from engine import ladder
 from engine.bands import Mesh
 from engine.checkpoint import Checkpoint, checkpoint_path
@@ -35,10 +37,13 @@ class Control:
     Attributes:
         tell: is called on every rank whenever there is progress.
         should_stop: is asked on every rank after each step; one that says so stops all.
+        look: is called on every rank after each step with what makes a small picture of where it
+            stands, [h, w, 3] of 8 bits; no other rank is needed for that.
     """
 
     tell: Listener = silent
     should_stop: Callable[[], bool] = lambda: False
+    look: Callable[[Callable[[], np.ndarray]], object] = lambda glimpse: None
 
 
 class Keeper:
@@ -47,6 +52,7 @@ class Keeper:
     Args:
         scheduler: of the model.
         facts: tells the settings that paint the picture again, for its checkpoint.
+        glimpse: makes a small picture of a state.
     """
 
     def __init__(
@@ -56,10 +62,11 @@ class Keeper:
         scheduler: Any,
         rungs: list[Rung],
         facts: Callable[[], Mapping[str, Any]],
+        glimpse: Callable[[ladder.State], np.ndarray],
         control: Control,
     ) -> None:
         self._settings, self._mesh, self._scheduler = settings, mesh, scheduler
-        self._rungs, self._control = rungs, control
+        self._rungs, self._control, self._glimpse = rungs, control, glimpse
         self._checkpoint = Checkpoint(checkpoint_path(settings), facts)
         self._totals = [ladder.calls(scheduler, rung) if rung.steps_run else 0 for rung in rungs]
         sizes = [
@@ -96,6 +103,7 @@ class Keeper:
             Interrupted: some rank was told to stop.
         """
         self._meter.step(state.rung, state.step)
+        self._control.look(lambda: self._glimpse(state))
         told = self._mesh.any(self._control.should_stop())
         if self._is_due(state, told):
             self._mesh.agree(lambda: self._save(state) if self._mesh.rank == 0 else None)

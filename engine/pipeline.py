@@ -43,12 +43,16 @@ from engine.loading import (
     read_picture,
     weight_files,
 )
+from engine.output.pixels import to_8_bits
 from engine.output.seams import Seams
 from engine.parallel import PipelineBoundary, distribute, lay_out, require_same_versions, share_out
 from engine.plan import Plan, dtype_of, make_plan, require_room
 from engine.saving import save
 
 logger = logging.getLogger(__name__)
+
+LOADING = ("model", "linfusion", "model_sha256", "linfusion_sha256", "device", "mesh", "memory")
+"""settings that only loading heeds, besides `dtype`, whose "auto" is another name for one"""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class Engine:
         model, is_first = Description.of(pipe), mesh.rank == 0
         files = mesh.agree(lambda: _weights(settings, model) if settings and is_first else {})
         self._hashes = provenance.Hashes(files)
-        self._plans = {} if plan is None or settings is None else {_planned(settings): plan}
+        self._plans = {} if plan is None or settings is None else {planned(settings): plan}
         self._exchange = exchange
         layout = distribute(pipe, mesh, groups=groups, exchange=exchange)
         self._layouts = {groups: layout}
@@ -152,9 +156,7 @@ class Engine:
                 checkpoint is of other settings.
             Interrupted: `control.should_stop` said so, on some rank.
         """
-        self._require_loaded(settings)
-        self.mesh.agree(lambda: _check_output(settings))
-        require_room(settings, self.mesh)
+        self._require(settings)
         start, sent_before = time.perf_counter(), self.traffic.megabytes
         for_the_file = Traffic()
         codecs = self._codecs_used(settings)
@@ -174,13 +176,27 @@ class Engine:
             megabytes_sent=self.traffic.megabytes - sent_before + for_the_file.megabytes,
         )
 
-    def _require_loaded(self, settings: Settings) -> None:
-        """Settings that only loading heeds must be those that the model was loaded with."""
+    def differs(self, settings: Settings) -> str | None:
+        """The first setting that only loading heeds, and that was another one then."""
         if self._settings is None:
-            return
-        for name in ("model", "linfusion", "dtype", "device", "mesh", "memory"):
+            return None
+        for name in LOADING:
             if getattr(settings, name) != getattr(self._settings, name):
-                raise UserError(f"{name} differs from what was loaded: load another Engine for it")
+                return name
+        same = dtype_of(settings, self.mesh.device) == dtype_of(self._settings, self.mesh.device)
+        return None if same else "dtype"
+
+    def _require(self, settings: Settings) -> None:
+        """What loading has made sure of for its own settings, for these."""
+        if (name := self.differs(settings)) is not None:
+            raise UserError(f"{name} differs from what was loaded: load another Engine for it")
+        self.mesh.agree(lambda: _check_output(settings))
+        model = Description.of(self.pipe)
+        _require_hashes(settings, self.mesh, model, ["ladder.upscale"])
+        if self._settings is not None:
+            self.mesh.agree(lambda: _check(settings, self.mesh.size, model))
+            self._planned(settings)
+        require_room(settings, self.mesh)
 
     @torch.no_grad()
     def _samples(self, settings: Settings, keeper: Keeper) -> tuple[range, np.ndarray]:
@@ -211,7 +227,10 @@ class Engine:
             repeatable = self._repeatable(settings, codecs)
             return {name: repeatable[name] for name in repeatable.keys() - elsewhere}
 
-        return Keeper(settings, self.mesh, self.pipe.scheduler, rungs, facts, self.control)
+        def glimpse(state: ladder.State) -> np.ndarray:
+            return codec.glimpse(self.pipe.vae, state.latent)
+
+        return Keeper(settings, self.mesh, self.pipe.scheduler, rungs, facts, glimpse, self.control)
 
     def _climb_all(self, settings: Settings, keeper: Keeper | None = None) -> ladder.State:
         """From the base, or from the picture that is to be upscaled, to the last rung's end."""
@@ -313,10 +332,11 @@ class Engine:
 
     def _planned(self, settings: Settings) -> Plan:
         """The plan for pictures like this one, made when first asked for. Every rank asks."""
-        if (job := _planned(settings)) not in self._plans:
+        if (job := planned(settings)) not in self._plans:
             model = Description.of(self.pipe)
-            self._plans[job] = make_plan(settings, self.mesh, model, loaded=True, timed=False)
-            self._plans[job].check()
+            plan = make_plan(settings, self.mesh, model, loaded=True, timed=False)
+            plan.check()
+            self._plans[job] = plan
         return self._plans[job]
 
     def _codecs_used(self, settings: Settings) -> list[str]:
@@ -379,7 +399,10 @@ class Engine:
             }
             return {"prompt": settings.prompt, provenance.KEY: facts}
 
-        return save(output.target_of(settings), self.mesh, traffic, rows, pixels, describe)
+        *beside, target = output.targets_of(settings)
+        for view in beside:
+            save(view, self.mesh, traffic, rows, to_8_bits(pixels), describe, with_preview=False)
+        return save(target, self.mesh, traffic, rows, pixels, describe)
 
     def _repeatable(self, settings: Settings, codecs: list[str]) -> dict[str, Any]:
         """The settings that paint this picture again, whatever "auto" would mean elsewhere.
@@ -398,7 +421,7 @@ class Engine:
             **self._models(settings),
             **pinned,
             "dtype": str(self.pipe.unet.dtype).removeprefix("torch."),
-            "mesh": facts.get("mesh", {}) | _chosen(settings.mesh),
+            "mesh": facts.get("mesh", {}) | _chosen(settings.mesh, {"image"}),
             # What saves memory computes in another order, which rounds otherwise.
             "memory": _chosen(settings.memory, {"limit_gb"}),
             "file": _chosen(settings.file),
@@ -441,7 +464,8 @@ def _on_device(settings: Settings, mesh: Mesh) -> Mesh:
 
 def _check_output(settings: Settings) -> None:
     output.check(settings.output, settings.height, settings.width, settings.file)
-    output.check_destination(settings.output)
+    for target in output.targets_of(settings):
+        output.check_destination(target.path)
 
 
 def _chosen(group: Group, but: set[str] | None = None) -> dict[str, Any]:
@@ -521,9 +545,17 @@ def _plan(
     return make_plan(settings, mesh, model, loaded=loaded, timed=timed)
 
 
-def _planned(settings: Settings) -> Settings:
-    """`settings` but for what changes no plan: pictures of one size and ladder share theirs."""
-    same = {"prompt": "", "negative_prompt": "", "seed": 0, "plan": False}
+def planned(settings: Settings) -> Settings:
+    """`settings` but for what changes no plan: pictures of one size and ladder share theirs.
+
+    Raises:
+        UserError: the picture to be upscaled is not there.
+    """
+    same: dict[str, Any] = {"prompt": "", "negative_prompt": "", "seed": 0, "plan": False}
+    if (start := settings.ladder.upscale) is not None:
+        height, width = picture_size(start)
+        alike = {"upscale": Path(f"{width}x{height}"), "upscale_sha256": "any"}
+        same["ladder"] = settings.ladder.model_copy(update=alike)
     return settings.model_copy(update={**same, "output": Path(f"any{settings.output.suffix}")})
 
 

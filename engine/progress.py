@@ -35,6 +35,7 @@ class Progress:
         eta_s: an estimate of the seconds that are left, once there is one.
         seconds_per_step: of this rung, so far.
         memory_bytes: the most that this process has had at any time.
+        finished, pictures: how many pictures of the job are behind, and how many there are.
     """
 
     picture: str
@@ -48,6 +49,13 @@ class Progress:
     eta_s: float | None = None
     seconds_per_step: float | None = None
     memory_bytes: int = 0
+    finished: int = 0
+    pictures: int = 1
+
+    @property
+    def job_share(self) -> float:
+        """Of the whole job's work, where each picture counts as much as any other."""
+        return min(1.0, (self.finished + self.share) / self.pictures)
 
     def __str__(self) -> str:
         if self.phase != "painting":
@@ -154,16 +162,17 @@ def bars(out: TextIO | None = None) -> Listener:
 
 
 def plain(out: TextIO | None = None) -> Listener:
-    """A line for each per cent, rung and phase."""
-    said: list[tuple[int, int, str]] = []
+    """A line for each per cent, picture, rung and phase."""
+    said: list[tuple[int, str, int, str]] = []
 
     def listen(progress: Progress) -> None:
-        now = int(100 * progress.share), progress.rung, progress.phase
+        percent = int(100 * progress.job_share)
+        now = percent, progress.picture, progress.rung, progress.phase
         if now in said[-1:]:
             return
         said[:] = [now]
         left = "" if progress.eta_s is None else f"  about {progress.eta_s:.0f} s left"
-        _say(f"{now[0]:3d}% done  {progress}{left}", out)
+        _say(f"{percent:3d}% done  {progress}{left}", out)
 
     return listen
 
@@ -172,7 +181,7 @@ def openjd(out: TextIO | None = None) -> Listener:
     """Open Job Description: progress in per cent, and a status in words."""
 
     def listen(progress: Progress) -> None:
-        _say(f"openjd_progress: {100 * progress.share:.1f}", out)
+        _say(f"openjd_progress: {100 * progress.job_share:.1f}", out)
         _say(f"openjd_status: {progress}", out)
 
     return listen
@@ -183,7 +192,7 @@ def alf(out: TextIO | None = None) -> Listener:
     said: list[int] = []
 
     def listen(progress: Progress) -> None:
-        if (now := int(100 * progress.share)) not in said[-1:]:
+        if (now := int(100 * progress.job_share)) not in said[-1:]:
             said[:] = [now]
             _say(f"ALF_PROGRESS {now}%", out)
 
@@ -197,6 +206,13 @@ def json_lines(out: TextIO | None = None) -> Listener:
         _say(json.dumps({"event": "progress", **asdict(progress)}), out)
 
     return listen
+
+
+def ending(dialect: str, index: int, word: str, said: str) -> str:
+    """A line about the end of one of many pictures: `index` is its number, `word` its outcome."""
+    if dialect == "json":
+        return json.dumps({"event": "end", "index": index, "outcome": word, "said": said})
+    return said if word in ("done", "finished", "stopped") else f"picture {index}: {said}"
 
 
 def _say(line: str, out: TextIO | None) -> None:

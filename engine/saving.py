@@ -31,7 +31,7 @@ from engine.config import UserError
 from engine.output import BandWriter, Metadata, Part, Target
 from engine.output.jpeg import JpegWriter
 from engine.output.lock import Lock
-from engine.output.pixels import halve, to_8_bits
+from engine.output.pixels import halve, reduce_to, to_8_bits
 from engine.output.seams import Seams, find_seams, row_steps
 from engine.output.writer import leftovers, remove
 
@@ -51,6 +51,7 @@ def save(
     rows: range,
     pixels: np.ndarray,
     describe: Callable[[Seams | None], Metadata],
+    with_preview: bool = True,
 ) -> Seams | None:
     """Write a picture of which each rank has its own rows. Every rank makes the call.
 
@@ -58,6 +59,7 @@ def save(
         target: its token is replaced by a new one.
         rows, pixels: this rank's, [h, W, 3] in the target's type of numbers.
         describe: what the file is to keep, once it is known how the band borders look.
+        with_preview: whether a large picture gets one.
 
     Returns:
         how they look, or None for a single band
@@ -76,7 +78,8 @@ def save(
         lock = stack.enter_context(Lock(target.path))
         agree(lambda: _begin(lock, target, mesh.timeout_s / 2) if is_first else None)
         part = agree(lambda: stack.enter_context(writer(target, mesh.rank)))
-        preview = _write_levels(mesh, traffic, part, bands, pixels)
+        preview_level = _preview_level(target) if with_preview else -1
+        preview = _write_levels(mesh, traffic, part, bands, pixels, preview_level)
         summaries: list[Part] = mesh.gather_objects(agree(part.close))
         metadata = agree(lambda: describe(seams) if is_first else {})
         agree(lambda: writer.assemble(target, summaries, metadata) if is_first else None)
@@ -118,7 +121,12 @@ def _begin(lock: Lock, target: Target, patience_s: float) -> None:
 
 
 def _write_levels(
-    mesh: Mesh, traffic: Traffic, part: BandWriter, bands: list[range], pixels: np.ndarray
+    mesh: Mesh,
+    traffic: Traffic,
+    part: BandWriter,
+    bands: list[range],
+    pixels: np.ndarray,
+    preview_level: int,
 ) -> np.ndarray | None:
     """Write the picture, and its halves as often as the format or the preview want them.
 
@@ -126,7 +134,7 @@ def _write_levels(
         on rank 0 the picture at the size that a preview is made of, if there is to be one
     """
     agree = _agreeing(mesh, part.target.path)
-    count, preview_level, preview = part.levels(part.target), _preview_level(part.target), None
+    count, preview = part.levels(part.target), None
     last = max(count - 1, preview_level)
     for level in range(last + 1):
         multiple = math.lcm(2, part.row_multiple if level < count else 2)
@@ -252,7 +260,7 @@ def _preview_level(target: Target) -> int:
 
 def _save_preview(target: Target, pixels: np.ndarray, metadata: Metadata) -> None:
     """A JPEG beside the file; `pixels` are of one to two times its size."""
-    small = to_8_bits(pixels, PREVIEW_PX)
+    small = reduce_to(to_8_bits(pixels), PREVIEW_PX)
     height, width, _ = small.shape
     preview = Target(preview_path(target.path), height, width, token=target.token)
     try:

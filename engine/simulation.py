@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -442,8 +442,6 @@ class PretendedMesh(Mesh):
     ) -> list[dist.Work]:
         return []
 
-    def _axis(self, groups: list[list[int]]) -> Mesh:
+    def _axis(self, groups: list[list[int]]) -> Self:
         own = next(group for group in groups if self.rank in group)
-        if len(own) == 1:
-            return Mesh(0, 1, META, None)
         return replace(self, rank=own.index(self.rank), size=len(own))

@@ -28,17 +28,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch.distributed
-from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 
 from engine import bands
 from engine.bands import Mesh
-from engine.bands.mesh import first_host
+from engine.bands.store import open_store
 from engine.exits import FAILED
 
 BEAT_S = 0.5
@@ -101,7 +98,7 @@ class Watch:
         self._count, self._over = 0, threading.Event()
         self._last: dict[int, Beat] = {}
         self._heard: dict[int, float] = {}  # when each rank's last beat came
-        self._store, self._answered = _open_store(mesh), time.monotonic()
+        self._store, self._answered = open_store(mesh, _ANSWER_S), time.monotonic()
         self._tell()
         mesh.barrier()
         self._ask()
@@ -113,8 +110,8 @@ class Watch:
             thread.start()
 
     def doing(self, what: str) -> None:
-        """This is what the rank does from now on, in words."""
-        self._doing = what
+        """This is what the rank does from now on, in words. To say so is to move."""
+        self._doing, self._since = what, time.monotonic()
 
     def close(self) -> None:
         """This rank has come to its end in good order, and none has to wait for its beats."""
@@ -217,16 +214,6 @@ class Watch:
 
 def _stopped(beat: Beat) -> str:
     return f"{beat} has stopped (killed or halted) while: {beat.doing}"
-
-
-def _open_store(mesh: Mesh) -> Any:
-    """A store that the first rank serves, and of which all others know the place."""
-    if mesh.size == 1:
-        return HashStore()
-    options: dict[str, Any] = {"wait_for_workers": False, "timeout": timedelta(seconds=_ANSWER_S)}
-    served = TCPStore("0.0.0.0", 0, is_master=True, **options) if mesh.rank == 0 else None
-    port = mesh.gather_objects(served.port if served else 0)[0]
-    return served or TCPStore(first_host(), port, is_master=False, **options)
 
 
 def _end(said: str) -> None:

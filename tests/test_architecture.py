@@ -11,6 +11,8 @@ FLOORS = {
     "engine.parsing": 0,
     "engine.demo": 0,  # where the weights lie
     "engine.config": 1,
+    "engine.tables": 1,
+    "engine.jobs": 2,
     "engine.bands": 2,
     "engine.output": 2,
     "engine.provenance": 3,
@@ -34,8 +36,12 @@ FLOORS = {
     "engine.keeper": 7,
     "engine.plan": 6,
     "engine.pipeline": 8,
-    "engine.generate": 9,
-    "engine.serve": 10,
+    "engine.session": 4,
+    "engine.painter": 9,
+    "engine.batch": 10,
+    "engine.generate": 11,
+    "engine.worker": 11,
+    "engine.serve": 12,
 }
 TRAINING_FLOOR = 9  # engine.demo.train and what is around it: a command of its own
 MODULES = sorted(ENGINE.rglob("*.py"))

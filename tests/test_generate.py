@@ -112,6 +112,33 @@ def test_the_last_line_tells_what_was_painted_and_what_it_took(tiny_model, tmp_p
     assert line.endswith(" MB sent per rank")
 
 
+def test_a_page_to_look_at_stands_beside_the_picture(tiny_model, tmp_path, monkeypatch):
+    target, beside = tmp_path / "a.png", tmp_path / "a.dzi"
+    size = ["--model", tiny_model, "--height=64", "--width=96", "--steps=1"]
+    view = ["--file.view", "--file.tiles=png", "--file.bits=16"]
+    results = run(2, *size, *view, "--output", target)
+    assert [code for code, _, _ in results] == [0, 0]
+    assert (tmp_path / "a.html").exists()
+    deep = by_oiio(target)
+    assert deep.dtype == np.uint16
+    assert (by_joining_tiles(beside) == deep >> 8).all()
+    monkeypatch.chdir(tmp_path)
+    for picture in (target, beside):  # each is painted again by what it says
+        [(code, _, err), _] = run(
+            2, "--config", picture, "--output", tmp_path / f"b{picture.suffix}"
+        )
+        assert code == 0, err
+    assert (by_joining_tiles(tmp_path / "b.dzi") == deep >> 8).all()
+    again = [*size, *view, "--output", target, "--resume"]
+    assert "is finished already" in run(2, *again)[0][1]
+    beside.unlink()
+    assert "is finished already" not in run(2, *again)[0][1]
+    assert beside.exists()
+    [(code, _, err), _] = run(2, *size, "--file.view", "--output", beside)
+    assert code == 2
+    assert "is there to be looked at as it is" in err
+
+
 def test_the_file_tells_how_it_was_made(tiny_model, tmp_path):
     target = tmp_path / "a.png"
     prompt = "ein See in der Dämmerung, 湖"

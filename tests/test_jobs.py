@@ -55,7 +55,11 @@ def test_lists_and_ranges_make_every_combination(tmp_path):
 def test_rows_are_over_the_file_and_flags_over_rows(tmp_path):
     values = {"output": BY_INDEX, "steps": 5, "guidance_scale": 2.0}
     rows = pictures(
-        tmp_path, "--guidance-scale", "3", **values, pictures=[{"steps": 7, "guidance_scale": 1}, {}]
+        tmp_path,
+        "--guidance-scale",
+        "3",
+        **values,
+        pictures=[{"steps": 7, "guidance_scale": 1}, {}],
     )
     assert [(row.steps, row.guidance_scale) for row in rows] == [(7, 3.0), (5, 3.0)]
 
@@ -137,6 +141,10 @@ def test_a_row_that_is_wrong_keeps_its_mistake_to_itself(tmp_path):
 MISTAKES = [
     ({"pictures": [{"promt": "a", "seed": 1}]}, "promt: unknown key; did you mean 'prompt'?"),
     ({"pictures": [{"seed": [1, 2]}]}, "output: pictures 1 and 2 would both be picture.png"),
+    (
+        {"pictures": [{"o": ["a.png", "a.tif"], "file": {"view": True}}], "output": "{o}"},
+        "output: pictures 1 and 2 would both be a.dzi",
+    ),
     ({"pictures": 7}, "pictures: not a list of settings"),
     ({"pictures": []}, "pictures: there are none"),
     ({"pictures": [{"seed": []}]}, "seed: an empty list makes no pictures"),
@@ -145,7 +153,7 @@ MISTAKES = [
     ({"pictures": [{"stall_s": 3}]}, "stall_s: is of the whole job"),
     ({"pictures": "shots.txt"}, "shots.txt: no table that can be read"),
     ({"pictures": "nowhere.csv"}, "nowhere.csv: no such file or directory"),
-    ({"pictures": [{"seed": 1}], "output": "{sed}.png"}, "{sed}: unknown name; did you mean 'seed'"),
+    ({"pictures": [{"seed": 1}], "output": "{sed}.png"}, "{sed}: unknown name; did you mean"),
     ({"pictures": [{"f": "a"}], "output": "{f:04d}.png"}, "{f:04d}: 'a' cannot be written so"),
     ({"pictures": [{"seed": "1-3"}], "output": BY_INDEX, "steps": 0}, "steps: 0 is too small"),
 ]  # fmt: skip

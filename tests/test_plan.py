@@ -319,7 +319,7 @@ def test_a_format_that_is_encoded_whole_needs_the_memory(monkeypatch):
 def test_the_disk_that_writing_takes_is_the_formats():
     def disk(name, **file):
         target = target_of(settings(height=1024, width=1024, output=name, file=file))
-        return plan._disk_bytes(target, 4) / (3 * 1024 * 1024)
+        return plan._disk_bytes([target], 4) / (3 * 1024 * 1024)
 
     assert disk("a.png") == pytest.approx(0.6 * 5 / 4)
     assert disk("a.png", bits="16") == pytest.approx(2 * 0.9 * 5 / 4)

@@ -6,6 +6,7 @@ them has a time-out: a rank that is gone ends the job, it does not hang it.
 """
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ class Mesh:
         rank, size: this rank's place among the bands, top to bottom.
         device: where this rank computes.
         timeout_s: how long a collective may take, in seconds, before the job fails.
+        crowd: how many ranks of the whole job are on this host, where these are not all of them.
     """
 
     rank: int
@@ -36,6 +38,7 @@ class Mesh:
     device: torch.device
     group: dist.ProcessGroup | None
     timeout_s: float = 600.0
+    crowd: int | None = None
 
     def global_rank(self, rank: int) -> int:
         """The rank in the whole job of band `rank`, as `torch.distributed` wants its peers."""
@@ -102,7 +105,7 @@ class Mesh:
         ]
         return dist.batch_isend_irecv(operations) if operations else []
 
-    def split(self, parts: int) -> "tuple[Mesh, Mesh]":
+    def split(self, parts: int) -> tuple[Self, Self]:
         """Two axes of this mesh: (across, within) `parts` equal runs of neighbouring ranks.
 
         Rank r of 8 with parts=2 is rank r // 4 of 2 across, and rank r % 4 of 4 within. Every rank
@@ -121,18 +124,46 @@ class Mesh:
         columns = [list(column) for column in zip(*rows, strict=True)]
         return self._axis(columns), self._axis(rows)
 
-    def _axis(self, groups: list[list[int]]) -> "Mesh":
+    def _axis(self, groups: list[list[int]]) -> Self:
         """The one of `groups` (of ranks of this mesh) that this rank is in, as a mesh."""
         if len(groups[0]) == 1:
-            return Mesh(0, 1, self.device, None, self.timeout_s)
+            return replace(self, rank=0, size=1, group=None)
         if len(groups) == 1:
             return self
         timeout = timedelta(seconds=self.timeout_s)
-        made = [dist.new_group([self.global_rank(r) for r in g], timeout) for g in groups]
         own = next(i for i, group in enumerate(groups) if self.rank in group)
-        return Mesh(
-            groups[own].index(self.rank), len(groups[own]), self.device, made[own], self.timeout_s
+        everyone = [[self.global_rank(rank) for rank in group] for group in groups]
+        if self.size == dist.get_world_size():
+            made = [dist.new_group(ranks, timeout) for ranks in everyone][own]
+        else:  # ranks beyond this mesh do not come to make them
+            made = dist.new_group(everyone[own], timeout, use_local_synchronization=True)
+        place = groups[own].index(self.rank)
+        return replace(self, rank=place, size=len(groups[own]), group=made)
+
+    def side_by_side(self, parts: int) -> Self:
+        """The one of `parts` equal runs of neighbouring ranks that this rank is in.
+
+        Each paints pictures of its own. Every rank has to make the same call.
+
+        Raises:
+            UserError: the ranks do not divide into that many parts.
+        """
+        if parts == 1:
+            return self
+        hosts = self.gather_objects(socket.gethostname())
+        _, within = self.split(parts)
+        return replace(within, crowd=hosts.count(hosts[self.rank]))
+
+    def again(self, timeout_s: float) -> Self:
+        """The same ranks, with collectives that those of this mesh cannot be mistaken for."""
+        if self.group is None:
+            return self
+        group = dist.new_group(
+            dist.get_process_group_ranks(self.group),
+            timedelta(seconds=timeout_s),
+            use_local_synchronization=True,
         )
+        return replace(self, group=group, timeout_s=timeout_s)
 
     def close(self) -> None:
         """Give up this group of ranks, which must not be used any more."""

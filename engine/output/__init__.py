@@ -25,6 +25,7 @@ with one writer each are safe on NFS and Lustre, where several writers in one fi
 
 import secrets
 import struct
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,11 @@ def check(path: Path, height: int, width: int, file: FileSettings) -> None:
     """
     writer = writer_for(path)
     sample_of(path, file)
+    if file.view and writer is DeepZoomWriter:
+        raise UserError(f"file.view: {path} is there to be looked at as it is; leave it out")
+    heeds = {"bits", "view", *writer.heeds, *(DeepZoomWriter.heeds if file.view else ())}
     for name, info in FileSettings.model_fields.items():
-        if name != "bits" and name not in writer.heeds and getattr(file, name) != info.default:
+        if name not in heeds and getattr(file, name) != info.default:
             heeding = [suffix for suffix, other in WRITERS.items() if name in other.heeds]
             raise UserError(
                 f"file.{name} has no effect on {path.suffix} files; leave it out, or name a "
@@ -148,6 +152,20 @@ def target_of(settings: Settings) -> Target:
     """The file that a job writes."""
     path, file = settings.output, settings.file
     return Target(path, settings.height, settings.width, sample_of(path, file), file)
+
+
+def targets_of(settings: Settings) -> tuple[Target, ...]:
+    """All that a job writes; where the last is there, all are."""
+    target = target_of(settings)
+    if not settings.file.view:
+        return (target,)
+    view = replace(target, path=view_path(target.path), sample="uint8")
+    return view, target
+
+
+def view_path(path: Path) -> Path:
+    """Where the Deep Zoom pyramid of a picture is, if it has one beside it."""
+    return path.with_suffix(".dzi")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -40,12 +40,22 @@ def tile_rows(rows: range, pixels: np.ndarray, side: int) -> Iterator[tuple[int,
         yield top // side, pixels[top - rows.start : top - rows.start + side]
 
 
-def to_8_bits(pixels: np.ndarray, side: int) -> np.ndarray:
-    """A picture of any type of numbers, reduced to a longer side of `side`: uint8, to look at."""
-    if pixels.dtype == np.uint16:
-        pixels = (pixels >> 8).astype(np.uint8)
-    elif pixels.dtype == np.float16:
-        pixels = np.rint(255 * _from_linear(pixels.astype(np.float32))).astype(np.uint8)
+def to_8_bits(pixels: np.ndarray) -> np.ndarray:
+    """Pixels [h, W, 3] of any type of numbers as uint8, to look at."""
+    if pixels.dtype == np.uint8:
+        return pixels
+    small = np.empty(pixels.shape, np.uint8)
+    for top in range(0, len(pixels), _CHUNK_ROWS):
+        rows = pixels[top : top + _CHUNK_ROWS]
+        if pixels.dtype == np.uint16:
+            small[top : top + _CHUNK_ROWS] = rows >> 8
+        else:
+            small[top : top + _CHUNK_ROWS] = np.rint(255 * _from_linear(rows.astype(np.float32)))
+    return small
+
+
+def reduce_to(pixels: np.ndarray, side: int) -> np.ndarray:
+    """A picture of 8 bits, reduced to a longer side of `side`."""
     picture = Image.fromarray(pixels)
     scale = side / max(picture.size)
     width, height = (max(1, round(length * scale)) for length in picture.size)

@@ -20,6 +20,7 @@ The time is an estimate: arithmetic, bytes and rounds, each over a speed that wa
 hundredths of a second.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,7 @@ from engine.hardware import (
     measure,
 )
 from engine.loading import Description, count_text_parameters, describe
-from engine.output import Target, target_of, writer_for
+from engine.output import Target, targets_of, writer_for
 from engine.plan.needs import DryRun, Needs
 from engine.plan.parts import CodecMode
 from engine.plan.refusal import refusal
@@ -52,7 +53,7 @@ class Plan:
         speeds: measured, or None where nobody asks for times.
         limit_bytes: that a rank may use.
         free_disk_bytes: where the file is to go.
-        file: what is to be written.
+        files: what is to be written, the picture itself last.
         refusal: why the job cannot be done, and what would help; None if it can.
     """
 
@@ -60,7 +61,7 @@ class Plan:
     speeds: Speeds | None
     limit_bytes: float
     free_disk_bytes: int
-    file: Target
+    files: tuple[Target, ...]
     refusal: str | None
 
     def check(self) -> None:
@@ -81,8 +82,12 @@ class Plan:
 
     @property
     def _writing_s(self) -> float:
-        """For the file, of which every rank compresses its own rows."""
-        return self.file.raw_bytes / self.needs.ranks / self._speeds.deflated_bytes
+        """For the files, of which every rank compresses its own rows."""
+        return (
+            sum(target.raw_bytes for target in self.files)
+            / self.needs.ranks
+            / self._speeds.deflated_bytes
+        )
 
     @property
     def _speeds(self) -> Speeds:
@@ -91,13 +96,14 @@ class Plan:
 
     def __str__(self) -> str:
         needs = self.needs
+        suffixes = " and ".join(target.path.suffix for target in reversed(self.files))
         weights = ", ".join(f"{name} {gigabytes(size)}" for name, size in needs.weights.items())
         lines = [
             rung_table(needs, self._speeds),
             f"weights   {weights} on each of {ranks_text(needs.ranks)}",
             f"memory    {gigabytes(needs.peak_bytes)} of {gigabytes(self.limit_bytes)} on a rank",
-            f"disk      about {gigabytes(_disk_bytes(self.file, needs.ranks))} to write "
-            f"{gigabytes(self.file.raw_bytes)} of pixels as {self.file.path.suffix}, of "
+            f"disk      about {gigabytes(_disk_bytes(self.files, needs.ranks))} to write "
+            f"{gigabytes(self.files[-1].raw_bytes)} of pixels as {suffixes}, of "
             f"{gigabytes(self.free_disk_bytes)} free",
             f"time      about {duration(self.seconds)}, {duration(self._writing_s)} of it for the "
             "file: an estimate from short trials",
@@ -149,7 +155,7 @@ def make_plan(
     # Not before: ranks that wait for rank 0 would have the cores to themselves.
     speeds = measure(mesh, dtype, model.unet["block_out_channels"][1]) if timed else None
     disk_bytes = min(mesh.gather_objects(free_disk_bytes(settings.output)))
-    return Plan(needs, speeds, dry_run.limit_bytes, disk_bytes, target_of(settings), no_fit)
+    return Plan(needs, speeds, dry_run.limit_bytes, disk_bytes, targets_of(settings), no_fit)
 
 
 def _describe(settings: Settings) -> Description:
@@ -181,22 +187,22 @@ def require_room(settings: Settings, mesh: Mesh) -> None:
 
 
 def _no_room(settings: Settings, mesh: Mesh) -> str | None:
-    target = target_of(settings)
+    targets = targets_of(settings)
     disk_bytes = min(mesh.gather_objects(free_disk_bytes(settings.output)))
-    refusals = _disk_refusal(target, mesh.size, disk_bytes) or _whole_refusal(target)
+    refusals = _disk_refusal(targets, mesh.size, disk_bytes) or _whole_refusal(targets[-1])
     return mesh.gather_objects(refusals)[0]
 
 
-def _disk_bytes(target: Target, ranks: int) -> float:
+def _disk_bytes(targets: Sequence[Target], ranks: int) -> float:
     """What a photograph takes while it is written; flat pictures take less, noise takes more."""
-    return writer_for(target.path).disk_bytes(target, ranks)
+    return sum(writer_for(target.path).disk_bytes(target, ranks) for target in targets)
 
 
-def _disk_refusal(target: Target, ranks: int, free_bytes: int) -> str | None:
-    if free_bytes >= (wanted := _disk_bytes(target, ranks)):
+def _disk_refusal(targets: Sequence[Target], ranks: int, free_bytes: int) -> str | None:
+    if free_bytes >= (wanted := _disk_bytes(targets, ranks)):
         return None
     return (
-        f"output: {target.path} will take about {gigabytes(wanted)} while it is written, and "
+        f"output: {targets[-1].path} will take about {gigabytes(wanted)} while it is written, and "
         f"{gigabytes(free_bytes)} are free there: free some space or name another folder"
     )
 
