@@ -5,16 +5,19 @@ import base64
 import io
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import openai
 import psutil
 import pytest
@@ -28,6 +31,7 @@ from engine.serve.errors import ApiError
 from engine.serve.jobs import Files, Job, Picture
 from engine.serve.metrics import Metrics
 from engine.serve.settings import Base, ServeSettings
+from tests.double import picture
 from tests.service import PATIENCE_S, ROOT, Service, serving
 
 KEY = "a-key-of-some-length-0123456789"
@@ -170,6 +174,11 @@ def test_a_form_of_another_site_is_no_request(service: Service) -> None:
 def test_a_large_body_is_not_read(service: Service) -> None:
     answer = service.http.post("/v1/images", json={"prompt": "x" * 2_000_000})
     assert (answer.status_code, error_of(answer)["code"]) == (413, "too_large")
+
+
+def test_it_describes_itself(service: Service) -> None:
+    paths = service.http.get("/openapi.json").json()["paths"]
+    assert {"/v1/images/generations", "/v1/images", "/v1/images/{job_id}/events"} <= set(paths)
 
 
 def test_nulls_are_what_is_left_out(service: Service) -> None:
@@ -349,6 +358,7 @@ def test_a_full_queue_refuses(tmp_path: Path) -> None:
 # --- ranks that die -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_job_whose_ranks_die_goes_on_with_others(tmp_path: Path) -> None:
     with serving(tmp_path) as service:
         job = service.ask("a lake die=2")
@@ -359,6 +369,7 @@ def test_a_job_whose_ranks_die_goes_on_with_others(tmp_path: Path) -> None:
         assert service.http.get("/healthz").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_job_that_kills_its_ranks_fails_and_the_next_is_painted(tmp_path: Path) -> None:
     with serving(tmp_path, "--retries", 1) as service:
         bad, good = service.ask("a lake die_always=2"), service.ask("a lake")
@@ -373,6 +384,7 @@ def test_a_job_that_kills_its_ranks_fails_and_the_next_is_painted(tmp_path: Path
             client.images.generate(prompt="die_always=0", size="64x64")
 
 
+@pytest.mark.slow
 def test_ranks_that_are_killed_from_outside(tmp_path: Path) -> None:
     with serving(tmp_path) as service:
         job = service.ask("a lake pause_s=0.05", steps=20)
@@ -387,6 +399,7 @@ def test_ranks_that_are_killed_from_outside(tmp_path: Path) -> None:
         assert service.wait_for(service.ask("b")["id"])["status"] == "completed"
 
 
+@pytest.mark.slow
 def test_ranks_that_fall_silent_are_killed(tmp_path: Path) -> None:
     with serving(tmp_path, "--silence-s", 1.5, "--retries", 0) as service:
         failed = service.wait_for(service.ask("a lake stall=1")["id"])
@@ -394,6 +407,7 @@ def test_ranks_that_fall_silent_are_killed(tmp_path: Path) -> None:
         assert service.wait_for(service.ask("b")["id"])["status"] == "completed"
 
 
+@pytest.mark.slow
 def test_ranks_that_cannot_start_leave_the_server_alive(tmp_path: Path) -> None:
     config = tmp_path / "engine.yaml"
     config.write_text("model: dies\n")
@@ -408,6 +422,7 @@ def test_ranks_that_cannot_start_leave_the_server_alive(tmp_path: Path) -> None:
         service.close()
 
 
+@pytest.mark.slow
 def test_what_no_restart_mends_ends_the_server(tmp_path: Path) -> None:
     config = tmp_path / "engine.yaml"
     config.write_text("model: refused\n")
@@ -423,6 +438,7 @@ def test_what_no_restart_mends_ends_the_server(tmp_path: Path) -> None:
 # --- stopping and starting ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_told_to_stop_it_keeps_what_it_owes_and_pays_it_later(tmp_path: Path) -> None:
     with serving(tmp_path) as service:
         done = service.wait_for(service.ask("done")["id"])
@@ -445,6 +461,7 @@ def test_told_to_stop_it_keeps_what_it_owes_and_pays_it_later(tmp_path: Path) ->
         assert listed == [waits["id"], job["id"], done["id"]]
 
 
+@pytest.mark.slow
 def test_while_it_stops_it_takes_nothing_and_says_so(tmp_path: Path) -> None:
     with serving(tmp_path, "--stop-s", 2) as service:
         job = service.ask("a stall=1")
@@ -467,6 +484,7 @@ def test_while_it_stops_it_takes_nothing_and_says_so(tmp_path: Path) -> None:
         assert service.record(job["id"])["status"] == "queued"
 
 
+@pytest.mark.slow
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
     with serving(tmp_path) as service:
         job = service.ask("a stall=1")
@@ -476,6 +494,7 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
         assert service.end(signal.SIGINT) == 0
 
 
+@pytest.mark.slow
 def test_a_killed_server_takes_its_ranks_along_and_a_new_one_goes_on(tmp_path: Path) -> None:
     with serving(tmp_path) as service:
         job = service.ask("a pause_s=0.1", steps=20)
@@ -486,6 +505,35 @@ def test_a_killed_server_takes_its_ranks_along_and_a_new_one_goes_on(tmp_path: P
     with serving(tmp_path) as service:
         done = service.wait_for(job["id"])
         assert (done["status"], done["attempts"]) == ("completed", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_whatever_is_killed_at_whatever_moment_every_job_is_painted(
+    tmp_path: Path, seed: int
+) -> None:
+    chance = random.Random(seed)
+    flags = ["--retries", 99]
+    with serving(tmp_path, *flags) as service:
+        names = [service.ask(f"{i} pause_s=0.05", steps=12, seed=i)["id"] for i in range(5)]
+    for _ in range(6):
+        with serving(tmp_path, *flags) as service:
+            time.sleep(chance.uniform(0, 1.2))
+            victim = chance.choice(["server", "launcher", "rank"])
+            if victim == "server":
+                service.end(signal.SIGKILL)
+                continue
+            (launcher,) = psutil.Process(service.process.pid).children()
+            for process in [launcher] if victim == "launcher" else launcher.children():
+                process.kill()
+            time.sleep(chance.uniform(0, 0.5))
+            assert service.end() == 0, service.log
+    with serving(tmp_path, *flags) as service:
+        for seed, name in enumerate(names):
+            job = service.wait_for(name)
+            assert (job["status"], job["seed"]) == ("completed", seed), service.log
+            content = service.http.get(f"/v1/images/{name}/content").content
+            assert np.array_equal(Image.open(io.BytesIO(content)), picture(64, 96, seed))
 
 
 def test_one_server_a_folder(tmp_path: Path) -> None:

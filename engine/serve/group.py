@@ -67,7 +67,7 @@ class Group:
         async for line in _lines(self._process.stdout):
             try:
                 event = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(event, dict):
                 yield event
@@ -101,7 +101,8 @@ class Group:
         async for line in _lines(log):
             words = line.decode(errors="replace").rstrip()
             self._words.append(words)
-            print(words, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # nobody reads our log any more; the ranks go on
+                print(words, file=sys.stderr, flush=True)
 
 
 async def _lines(pipe: asyncio.StreamReader) -> AsyncIterator[bytes]:
