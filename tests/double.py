@@ -7,6 +7,7 @@ What is to happen is in the prompt: `a lake pause_s=0.1 die=3`.
     pause_s=S    a step takes so long
     die=N        the ranks are lost at step N, the first time that this job is painted
     die_always=N ... every time
+    straggler    ... and leave a process behind that holds the pipes
     stall=N      nothing happens any more at step N, whatever is asked
     mistake, fail    how the job ends
     chatter      lines that are no events
@@ -17,6 +18,7 @@ import json
 import os
 import queue
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -114,6 +116,11 @@ def paint(job: dict[str, Any], told: Told) -> tuple[str, str]:
         died = path.with_name("died")
         if wishes.get("die_always") == step or (wishes.get("die") == step and not died.exists()):
             died.touch()
+            if "straggler" in wishes:
+                command = [sys.executable, "-c", "import time; time.sleep(600)", "straggler"]
+                path.with_name("straggler").write_text(
+                    str(subprocess.Popen(command, start_new_session=True).pid)
+                )
             print("error: rank 1 on host x has stopped while: painting", file=sys.stderr)
             sys.stderr.flush()
             os._exit(3)

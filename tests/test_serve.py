@@ -400,6 +400,16 @@ def test_ranks_that_are_killed_from_outside(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_who_holds_the_pipes_of_dead_ranks_holds_nothing_up(tmp_path: Path) -> None:
+    with serving(tmp_path) as service:
+        job = service.ask("a lake die=2 straggler")
+        assert service.wait_for(job["id"])["status"] == "completed"
+        straggler = psutil.Process(int((tmp_path / job["id"] / "straggler").read_text()))
+        assert straggler.is_running()
+        straggler.kill()
+
+
+@pytest.mark.slow
 def test_ranks_that_fall_silent_are_killed(tmp_path: Path) -> None:
     with serving(tmp_path, "--silence-s", 1.5, "--retries", 0) as service:
         failed = service.wait_for(service.ask("a lake stall=1")["id"])

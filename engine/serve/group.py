@@ -24,6 +24,8 @@ from typing import Any
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 _LONGEST_LINE = 1 << 20
 _WORDS_KEPT = 50
+_LAST_LINES_S = 2.0  # for what is in the pipes when the launcher has ended
+_POLL_S = 0.05
 
 
 class Group:
@@ -32,6 +34,7 @@ class Group:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
         self._words: deque[str] = deque(maxlen=_WORDS_KEPT)
+        self._given_up = asyncio.Event()
         assert process.stderr is not None
         self._log = asyncio.create_task(self._pass_on(process.stderr))
 
@@ -64,7 +67,7 @@ class Group:
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """What it says, until all ranks have closed their stdout."""
         assert self._process.stdout is not None
-        async for line in _lines(self._process.stdout):
+        async for line in self._lines(self._process.stdout):
             try:
                 event = json.loads(line)
             except (ValueError, RecursionError):
@@ -74,16 +77,20 @@ class Group:
 
     async def ended(self, patience_s: float) -> tuple[int, str]:
         """(exit code, why) once it has ended, by itself or not."""
-        try:
-            code = await asyncio.wait_for(self._process.wait(), patience_s)
-        except TimeoutError:
-            self.kill()
-            code = await self._process.wait()
-        self.kill()  # stragglers, which would hold the pipe that is read to its end here
-        await self._log
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._until_over(), patience_s)
+        self.kill()  # the launcher, or stragglers
+        await self._until_over()
+        await asyncio.wait({self._log}, timeout=_LAST_LINES_S)
+        self.give_up()
+        code = self._process.returncode or 0
         said = [line for line in self._words if line.startswith("error: ")]
         reason = said[-1].removeprefix("error: ") if said else f"the ranks ended with code {code}"
         return code, reason
+
+    def give_up(self) -> None:
+        """Read no more: a process that nobody can find any more may hold the pipes for ever."""
+        self._given_up.set()
 
     def tell_to_stop(self) -> None:
         """Behind the step that is computed."""
@@ -97,24 +104,37 @@ class Group:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
+    async def _until_over(self) -> None:
+        """`Process.wait` would, in some Pythons, also wait for who has inherited the pipes."""
+        while not self.is_over:
+            await asyncio.sleep(_POLL_S)
+
+    async def _lines(self, pipe: asyncio.StreamReader) -> AsyncIterator[bytes]:
+        """Up to the end; a line that is too long to be one of ours is passed over."""
+        given_up = asyncio.create_task(self._given_up.wait())
+        try:
+            while True:
+                reading = asyncio.create_task(pipe.readline())
+                await asyncio.wait({reading, given_up}, return_when=asyncio.FIRST_COMPLETED)
+                if not reading.done():
+                    reading.cancel()
+                    return
+                try:
+                    line = reading.result()
+                except ValueError:
+                    continue
+                if not line:
+                    return
+                yield line
+        finally:
+            given_up.cancel()
+
     async def _pass_on(self, log: asyncio.StreamReader) -> None:
-        async for line in _lines(log):
+        async for line in self._lines(log):
             words = line.decode(errors="replace").rstrip()
             self._words.append(words)
             with contextlib.suppress(OSError):  # nobody reads our log any more; the ranks go on
                 print(words, file=sys.stderr, flush=True)
-
-
-async def _lines(pipe: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    """Up to the end; a line that is too long to be one of ours is passed over."""
-    while True:
-        try:
-            line = await pipe.readline()
-        except ValueError:
-            continue
-        if not line:
-            return
-        yield line
 
 
 def _end_with_the_server() -> Callable[[], object]:

@@ -163,6 +163,9 @@ class Workers:
                 return
             elif group.is_over:
                 group.kill()
+                await asyncio.sleep(_LOOK_S)
+                group.give_up()
+                return
 
     def _take(self) -> Job | None:
         job, self._job = self._job, None
