@@ -110,7 +110,7 @@ def pinned(settings: Settings) -> Settings:
 
 def is_finished(settings: Settings) -> bool:
     """Whether the picture is there, painted by these very settings."""
-    if not all(target.path.exists() for target in output.targets_of(settings)):
+    if not all(file.output.exists() for file in output.files_of(settings)):
         return False
     try:
         facts = provenance.read(settings.output)["settings"]

@@ -35,6 +35,7 @@ from engine.parsing import (
     leaves,
     model_at,
     nested,
+    parse_yaml,
     suggest,
 )
 from engine.tables import Values, is_ranges, parse_ranges, read_table
@@ -128,7 +129,8 @@ def _rows(entries: Any, base: Values, given: Given) -> list[Row]:
 def _expanded(entries: Any) -> Iterator[tuple[str, Values | UserError]]:
     """(where it was asked for, what it says) of every row."""
     if isinstance(entries, str):
-        entries = {"rows": entries}
+        is_spelt_out = entries.lstrip().startswith(("{", "["))
+        entries = parse_yaml(entries, "pictures") if is_spelt_out else {"rows": entries}
     if isinstance(entries, Mapping):
         entries = [entries]
     if not isinstance(entries, list) or not all(isinstance(e, Mapping) for e in entries):

@@ -252,7 +252,7 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(file: Path) -> dict[str, Any]:
     """The settings in a YAML file. Raises UserError if it cannot be read or is none."""
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+        values = parse_yaml(file.read_text(encoding="utf-8"), str(file))
     except FileNotFoundError:
         siblings = [str(near) for near in sorted(file.parent.glob("*.y*ml"))]
         hint = suggest(str(file), siblings, "give the path of a YAML file")
@@ -262,15 +262,21 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise UserError(f"--config: {file}: {reason}; give a readable YAML file") from None
     except UnicodeDecodeError:
         raise UserError(f"{file}: not UTF-8 text; save it as UTF-8") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: {_yaml_problem(error)}") from None
-    except ValueError as error:  # YAML takes 2026-13-01 for a date and fails to build it
-        raise UserError(f"{file}: {error}; put text that looks like a date in quotes") from None
     if values is None:  # an empty file, or comments only
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{file}: not a list of settings; write lines such as 'height: 256'")
     return {str(key): value for key, value in values.items()}
+
+
+def parse_yaml(text: str, place: str) -> Any:
+    """What a YAML text says; `place` is where it stands. Raises UserError if it is none."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{place}: {_yaml_problem(error)}") from None
+    except ValueError as error:  # YAML takes 2026-13-01 for a date and fails to build it
+        raise UserError(f"{place}: {error}; put text that looks like a date in quotes") from None
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:

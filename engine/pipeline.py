@@ -43,7 +43,6 @@ from engine.loading import (
     read_picture,
     weight_files,
 )
-from engine.output.pixels import to_8_bits
 from engine.output.seams import Seams
 from engine.parallel import PipelineBoundary, distribute, lay_out, require_same_versions, share_out
 from engine.plan import Plan, dtype_of, make_plan, require_room
@@ -53,6 +52,10 @@ logger = logging.getLogger(__name__)
 
 LOADING = ("model", "linfusion", "model_sha256", "linfusion_sha256", "device", "mesh", "memory")
 """settings that only loading heeds, besides `dtype`, whose "auto" is another name for one"""
+
+
+Samples = dict[str, np.ndarray]
+"""pixels [h, W, 3] by the type of their numbers"""
 
 
 @dataclass(frozen=True)
@@ -199,13 +202,15 @@ class Engine:
         require_room(settings, self.mesh)
 
     @torch.no_grad()
-    def _samples(self, settings: Settings, keeper: Keeper) -> tuple[range, np.ndarray]:
-        """This rank's rows of the finished picture as the file takes them, [h, W, 3]."""
+    def _samples(self, settings: Settings, keeper: Keeper) -> tuple[range, Samples]:
+        """This rank's rows of the finished picture as its files take them, [h, W, 3]."""
         state = self._climb_all(settings, keeper)
         keeper.phase("decoding")
         rows, pixels = self._pixels(settings, state, settings.height)
-        sample = output.sample_of(settings.output, settings.file)
-        return rows, codec.to_samples(pixels, sample)[0].cpu().numpy()
+        wanted = {output.target_of(file).sample for file in output.files_of(settings)}
+        return rows, {
+            sample: codec.to_samples(pixels, sample)[0].cpu().numpy() for sample in wanted
+        }
 
     @torch.no_grad()
     def paint(self, settings: Settings) -> tuple[range, Tensor]:
@@ -386,23 +391,25 @@ class Engine:
         settings: Settings,
         codecs: list[str],
         rows: range,
-        pixels: np.ndarray,
+        samples: Samples,
         traffic: Traffic,
     ) -> Seams | None:
-        """Each rank compresses its own rows [h, W, 3]; rank 0 joins the parts and renames."""
+        """Each rank compresses its own rows; rank 0 joins the parts and renames."""
 
-        def describe(seams: Seams | None) -> output.Metadata:
+        def describe(file: Settings, seams: Seams | None) -> output.Metadata:
             facts = {
                 "engine": engine.__version__,
-                "settings": self._repeatable(settings, codecs),
+                "settings": self._repeatable(file, codecs),
                 "run": self._circumstances(settings, seams),
             }
             return {"prompt": settings.prompt, provenance.KEY: facts}
 
-        *beside, target = output.targets_of(settings)
-        for view in beside:
-            save(view, self.mesh, traffic, rows, to_8_bits(pixels), describe, with_preview=False)
-        return save(target, self.mesh, traffic, rows, pixels, describe)
+        seams = None
+        for file in output.files_of(settings):
+            target, itself = output.target_of(file), file is settings
+            pixels, about = samples[target.sample], partial(describe, file)
+            seams = save(target, self.mesh, traffic, rows, pixels, about, with_preview=itself)
+        return seams
 
     def _repeatable(self, settings: Settings, codecs: list[str]) -> dict[str, Any]:
         """The settings that paint this picture again, whatever "auto" would mean elsewhere.
@@ -464,8 +471,8 @@ def _on_device(settings: Settings, mesh: Mesh) -> Mesh:
 
 def _check_output(settings: Settings) -> None:
     output.check(settings.output, settings.height, settings.width, settings.file)
-    for target in output.targets_of(settings):
-        output.check_destination(target.path)
+    for file in output.files_of(settings):
+        output.check_destination(file.output)
 
 
 def _chosen(group: Group, but: set[str] | None = None) -> dict[str, Any]:

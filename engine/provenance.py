@@ -66,8 +66,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if path.suffix.lower() not in output.WRITERS:
         return read_yaml(path)
     settings: dict[str, Any] = read(path)["settings"]
-    if path.suffix.lower() == ".dzi":  # it may stand beside a picture, and is one all the same
-        settings.get("file", {}).pop("view", None)
     again = Path("outputs") / path.name
     if again.exists() and again.samefile(path):
         again = again.with_name(f"{path.stem}.again{path.suffix}")

@@ -117,6 +117,13 @@ def test_a_table_by_flag(tmp_path):
     assert [row.settings.seed for row in rows] == [1, 2]
 
 
+def test_pictures_spelt_out_by_flag():
+    rows = read_job(["--pictures", '{seed: "1-3:2,9"}', "--output", BY_INDEX]).rows
+    assert [row.settings.seed for row in rows] == [1, 3, 9]
+    with pytest.raises(UserError, match="pictures: line 1: "):
+        read_job(["--pictures", "{seed: 1", "--output", BY_INDEX])
+
+
 def test_rows_are_resumed_unless_told_otherwise(tmp_path):
     values = {"output": BY_INDEX, "pictures": [{"seed": [1, 2]}]}
     assert all(row.resume for row in pictures(tmp_path, **values))

@@ -41,7 +41,9 @@ def config(tmp_path_factory, tiny_model):
 
 def job_of(config, folder, **values):
     """(job, parameters) of the template, as a farm makes them when a job is submitted."""
-    template = model.decode_job_template(template=yaml.safe_load(TEMPLATE.read_text()))
+    template = model.decode_job_template(
+        template=yaml.safe_load(TEMPLATE.read_text()), supported_extensions=["TASK_CHUNKING"]
+    )
     given = {"Config": config, "OutputFolder": folder, "Ranks": 2, "Python": sys.executable}
     parameters = model.preprocess_job_parameters(
         job_template=template,
@@ -100,7 +102,7 @@ def whole(config):
     """(what was heard, the picture) of a task that nobody interrupted."""
     job, parameters = job_of(config, config.parent, Seeds="3,7-8", Name="hill", Prompt=PROMPT)
     tasks = tasks_of(job)
-    assert [task["Seed"].value for task in tasks] == ["3", "7", "8"]
+    assert [task["Seed"].value for task in tasks] == ["3-3", "7-7", "8-8"]
     return run(job, parameters, tasks[1]), config.parent / "hill_0007.png"
 
 
@@ -112,6 +114,21 @@ def test_a_seed_is_a_task_and_reports_progress(whole):
     assert len(set(shares)) > STEPS
     assert picture.name in last.status_message
     assert provenance.read(picture)["settings"]["prompt"] == PROMPT
+
+
+def test_a_chunk_is_a_task_of_several_pictures(config, tmp_path, whole):
+    values = {"Seeds": "1-4,7", "Chunk": 2, "Name": "hill", "Prompt": PROMPT}
+    job, parameters = job_of(config, tmp_path, **values, Flags="--steps 4")
+    tasks = tasks_of(job)
+    assert [task["Seed"].value for task in tasks] == ["1-2", "3-4", "7-7"]
+    *before, last = run(job, parameters, tasks[1])
+    assert (last.state, last.exit_code) == (sessions.ActionState.SUCCESS, 0)
+    shares = [status.progress for status in before if status.progress is not None]
+    assert shares == sorted(shares)
+    assert [file.name for file in sorted(tmp_path.glob("*.png"))] == [
+        "hill_0003.png",
+        "hill_0004.png",
+    ]
 
 
 def test_a_mistake_fails_the_task_with_the_sentence(config, tmp_path):

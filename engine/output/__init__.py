@@ -25,7 +25,6 @@ with one writer each are safe on NFS and Lustre, where several writers in one fi
 
 import secrets
 import struct
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -154,18 +153,17 @@ def target_of(settings: Settings) -> Target:
     return Target(path, settings.height, settings.width, sample_of(path, file), file)
 
 
-def targets_of(settings: Settings) -> tuple[Target, ...]:
-    """All that a job writes; where the last is there, all are."""
-    target = target_of(settings)
+def files_of(settings: Settings) -> tuple[Settings, ...]:
+    """The settings of each file that a job writes; where the last one is there, all are."""
     if not settings.file.view:
-        return (target,)
-    view = replace(target, path=view_path(target.path), sample="uint8")
-    return view, target
-
-
-def view_path(path: Path) -> Path:
-    """Where the Deep Zoom pyramid of a picture is, if it has one beside it."""
-    return path.with_suffix(".dzi")
+        return (settings,)
+    fields = FileSettings.model_fields
+    others = {name: fields[name].default for name in fields.keys() - DeepZoomWriter.heeds}
+    view = {"output": settings.output.with_suffix(".dzi")}
+    return (
+        settings.model_copy(update={**view, "file": settings.file.model_copy(update=others)}),
+        settings,
+    )
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from engine.hardware import (
     measure,
 )
 from engine.loading import Description, count_text_parameters, describe
-from engine.output import Target, targets_of, writer_for
+from engine.output import Target, files_of, target_of, writer_for
 from engine.plan.needs import DryRun, Needs
 from engine.plan.parts import CodecMode
 from engine.plan.refusal import refusal
@@ -155,7 +155,7 @@ def make_plan(
     # Not before: ranks that wait for rank 0 would have the cores to themselves.
     speeds = measure(mesh, dtype, model.unet["block_out_channels"][1]) if timed else None
     disk_bytes = min(mesh.gather_objects(free_disk_bytes(settings.output)))
-    return Plan(needs, speeds, dry_run.limit_bytes, disk_bytes, targets_of(settings), no_fit)
+    return Plan(needs, speeds, dry_run.limit_bytes, disk_bytes, _targets(settings), no_fit)
 
 
 def _describe(settings: Settings) -> Description:
@@ -187,10 +187,14 @@ def require_room(settings: Settings, mesh: Mesh) -> None:
 
 
 def _no_room(settings: Settings, mesh: Mesh) -> str | None:
-    targets = targets_of(settings)
+    targets = _targets(settings)
     disk_bytes = min(mesh.gather_objects(free_disk_bytes(settings.output)))
     refusals = _disk_refusal(targets, mesh.size, disk_bytes) or _whole_refusal(targets[-1])
     return mesh.gather_objects(refusals)[0]
+
+
+def _targets(settings: Settings) -> tuple[Target, ...]:
+    return tuple(target_of(file) for file in files_of(settings))
 
 
 def _disk_bytes(targets: Sequence[Target], ranks: int) -> float:
