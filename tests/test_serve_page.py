@@ -107,6 +107,9 @@ def test_what_is_wrong_is_said_beside_the_form(page: Page) -> None:
     assert "multiple of 8" in page.driver.find_element(By.ID, "problem").text
     errors = page.errors()
     assert all("400" in error for error in errors), errors
+    page.driver.find_element(By.NAME, "height").clear()
+    page.driver.find_element(By.CSS_SELECTOR, "#ask button").click()
+    page.wait("return /both/.test(document.querySelector('#problem').textContent)")
 
 
 def test_jobs_are_cancelled_removed_and_used_again(page: Page, service: Service) -> None:
@@ -162,6 +165,8 @@ def test_every_control_has_a_name_and_the_page_fits_a_phone(page: Page, service:
         assert element.accessible_name or not element.is_displayed()
     page.size(360, 740)
     assert page.run("return document.documentElement.scrollWidth") <= 360
+    page.wait("return document.querySelector('li img').getBoundingClientRect().height > 100")
+    assert page.run("return document.querySelector('.frame').offsetHeight") > 100
 
 
 def test_the_key_is_asked_for(driver: Any, tmp_path: Path) -> None:
