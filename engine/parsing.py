@@ -109,7 +109,7 @@ def judge(model: type[M], values: Mapping[str, Any], given: Given) -> M:
     except ValidationError as error:
         first = error.errors()[0]
         place = _place(first, given.flags, given.file)
-        raise UserError(f"{place}{_sentence(model, first)}") from None
+        raise UserError(f"{place}{sentence(model, first)}") from None
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def _read_flags(
 
     typed: Any
     typed, unknown = tyro.cli(
-        _words_type(model, **_flags_that_are_no_settings(others)),
+        _words_type(model, **_flags_that_are_no_settings(others, prog == PROG)),
         prog=prog,
         description=model.__doc__,
         args=argv,
@@ -163,12 +163,10 @@ def _words_type(model: type[BaseModel], **extra: Any) -> type:
     return make_dataclass(model.__name__, [(name, *spec) for name, spec in fields.items()])
 
 
-def _flags_that_are_no_settings(others: Mapping[str, Flag]) -> dict[str, Any]:
-    config = _words(
-        "FILE.yaml",
-        "Settings to start from; flags win over the file. A finished picture will do too.",
-        "(optional)",
-    )
+def _flags_that_are_no_settings(others: Mapping[str, Flag], pictures: bool) -> dict[str, Any]:
+    told = "Settings to start from; flags win over the file."
+    told += " A finished picture will do too." if pictures else ""
+    config = _words("FILE.yaml", told, "(optional)")
     local_rank = _words("INT", "Accepted and ignored, since some launchers add it.", "")
     words = {name: _words(flag.metavar, flag.help, "(optional)") for name, flag in others.items()}
     words |= {_CONFIG: config, _LOCAL_RANK: local_rank}
@@ -329,7 +327,7 @@ def _place(error: ErrorDetails, flags: Mapping[tuple[str, ...], str], file: str 
     return "".join(f"{part}: " for part in (file, ".".join(keys)) if part)
 
 
-def _sentence(model: type[BaseModel], error: ErrorDetails) -> str:
+def sentence(model: type[BaseModel], error: ErrorDetails) -> str:
     """Pydantic's error in the house's words; a new kind of field may bring a new line here."""
     limits = error.get("ctx", {})
     value = "an empty value" if error["input"] is None else repr(error["input"])
