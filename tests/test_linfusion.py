@@ -8,8 +8,10 @@ from diffusers.models.attention_processor import Attention
 
 from engine import linfusion
 from engine.config import UserError
-from engine.linfusion import LinearAttention, apply_state, attention_state, feature_map
-from tests.models import latent, tiny_unet
+from engine.kernels import streamed
+from engine.kernels.formula import apply_state, attention_state, feature_map
+from engine.linfusion import LinearAttention
+from tests.models import latent, randomise, tiny_unet
 
 
 def reference(query, key, value):
@@ -93,6 +95,78 @@ def test_the_module_is_the_published_forward_written_down():
     heads = [t.view(2, 50, 3, 4).transpose(1, 2) for t in (q, k, module.to_v(x))]
     expected = module.to_out[0](reference(*heads).transpose(1, 2).reshape(2, 50, 12))
     torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-12)
+
+
+def published(module, x):
+    """The module as it is published, head by head, [B, n, C] -> the same."""
+    batch, tokens, width = x.shape
+    q = module.to_q(x + module.to_q_(x))
+    k = module.to_k(x + module.to_k_(x))
+    heads = [
+        t.view(batch, tokens, module.heads, -1).transpose(1, 2) for t in (q, k, module.to_v(x))
+    ]
+    mixed = reference(*heads).to(x.dtype).transpose(1, 2).reshape(batch, tokens, width)
+    return module.to_out[0](mixed)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("mid_dim", [None, 8, -1])
+@pytest.mark.parametrize("tokens", [1, 511, 1300, 40_000])
+@torch.no_grad()
+def test_streams_compute_the_published_forward(dtype, tolerance, mid_dim, tokens):
+    torch.manual_seed(tokens)
+    module = LinearAttention(
+        query_dim=24, heads=3, dim_head=8, bias=True, projection_mid_dim=mid_dim
+    )
+    randomise(module).to(dtype)
+    x = torch.randn(2, tokens, 24, dtype=dtype)
+    assert streamed.can_stream(module)
+    assert relative_error(module(x), published(module.double(), x.double())) < tolerance
+
+
+def attach_hook(module):
+    module.to_k.register_forward_hook(lambda layer, inputs, output: 2 * output)
+
+
+def offload(module):
+    """As accelerate's hooks do it."""
+    module.to_q.forward = lambda x, forward=module.to_q.forward: 2 * forward(x)
+
+
+def adapt(module):
+    class Adapted(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    module.to_out[0].__class__ = Adapted
+
+
+def keep_half(module):
+    module.bfloat16()
+
+
+@pytest.mark.parametrize("change", [attach_hook, offload, adapt, keep_half])
+@torch.no_grad()
+def test_what_is_attached_to_a_module_is_heeded(change):
+    torch.manual_seed(0)
+    module = randomise(LinearAttention(query_dim=24, heads=3, dim_head=8))
+    x = torch.randn(1, 700, 24)
+    before = module(x)
+    change(module)
+    assert not streamed.can_stream(module)
+    x = x.to(module.to_q.weight.dtype)
+    tolerance = 2e-2 if x.dtype == torch.bfloat16 else 1e-5
+    assert relative_error(module(x), published(module, x).double()) < tolerance
+    if change is not keep_half:
+        assert relative_error(module(x), before.double()) > 1e-3
+
+
+def test_gradients_flow_where_they_are_wanted():
+    torch.manual_seed(0)
+    module = LinearAttention(query_dim=24, heads=3, dim_head=8)
+    assert not streamed.can_stream(module)
+    module(torch.randn(1, 700, 24)).sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
 
 
 def test_distillation_starts_at_the_softmax_weights():
