@@ -14,12 +14,15 @@ demo: $(READY)
 	OMP_NUM_THREADS=$$threads $(BIN)/torchrun --nproc_per_node $$ranks \
 	    -m engine.generate --config configs/demo.yaml
 
+# Files of tests side by side, one a core: most of them wait for ranks to start, or to notice.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
 test: $(READY)
-	$(BIN)/python -m pytest -m "not long"
+	$(PYTEST) -m "not long"
 
 # Whole ladders, on several ranks and at the sizes that are shipped.
 test-long: $(READY)
-	$(BIN)/python -m pytest -m long
+	$(PYTEST) -m long
 
 # What tests/test_viewer.py looks at pages with, and is skipped without: on Debian, as root.
 browser:

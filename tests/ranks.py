@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing as mp
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -73,6 +74,7 @@ def torchrun(ranks: int, *command: object) -> tuple[int, str, str]:
     process = subprocess.Popen(
         [
             *[sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)],
+            *["--master_port", str(_free_port())],  # other tests run beside this one
             *map(str, command),
         ],
         stdout=subprocess.PIPE,
@@ -87,6 +89,12 @@ def torchrun(ranks: int, *command: object) -> tuple[int, str, str]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     return process.returncode, out, err
+
+
+def _free_port() -> int:
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        return int(trial.getsockname()[1])
 
 
 def _collect(receivers: list[Connection]) -> list[Any]:
