@@ -316,7 +316,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         cells.append([
             title, row["tokens"], s.median * 1e3, spread,
             outside and outside.median * 1e3, row["speed_up"].median,
-            row["outside_speed_up"].median if outside else None, row["mb"],
+            str(row["outside_speed_up"]) if outside else None, row["mb"],
             None if row["error"] is None else f"{row['error']:.1e}",
         ])  # fmt: skip
     common.print_table(columns, cells)

@@ -19,7 +19,7 @@ from tests.ranks import run_ranks
 ROOT = Path(__file__).parents[1]
 TINY = {
     "attention": "--tokens 64 256 --models SD-1.5 --memory-tokens 256 --repeats 1",
-    "communication": "--ranks 2 --measured-px 64 --px 1024 --gpus 2 --simulated-gpus 8",
+    "communication": "--ranks 2 --measured-px 128 --px 1024 --gpus 2 --simulated-gpus 8",
     "projection": "--px 1024 --timed-px 512 --gpus 2 --most-latents 256 --repeats 1",
     "end_to_end": "--ranks 1 --height 64 --width 64 --steps 2 --repeats 1",
 }
