@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RQD := .rqd
 
-.PHONY: demo test test-long browser schedulers packages lint clean
+.PHONY: demo test test-long bench browser schedulers packages lint clean
 
 # Paint the configs/demo.yaml landscape: one rank a GPU, or two ranks that share the cores.
 demo: $(READY)
@@ -23,6 +23,10 @@ test: $(READY)
 # Whole ladders, on several ranks and at the sizes that are shipped.
 test-long: $(READY)
 	$(PYTEST) -m long
+
+# Every benchmark in small, some minutes in all: benchmarks/results/REPORT.md.
+bench: $(READY)
+	$(BIN)/python -m benchmarks.report
 
 # What tests/test_viewer.py looks at pages with, and is skipped without: on Debian, as root.
 browser:

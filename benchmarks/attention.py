@@ -1,0 +1,387 @@
+"""Linear attention: ours, beside LinFusion's forward as its paper writes it, and beside softmax.
+
+    python -m benchmarks.attention                               # 1k to 1M tokens, some minutes
+    python -m benchmarks.attention --tokens 4096 16384 --dtype bfloat16
+
+    naive      y = x + MLP(x) for queries and keys, q = Wq y, k = Wk y', v = Wv x, split into heads
+               by copies; then elu + 1, z = q . mean(k) + 1e-4, S = (k / sqrt n)^T (v / sqrt n) and
+               out = Wo (q S / z) (arXiv:2409.02097, section 3), a tensor for every step
+    plain      ours head by head, in blocks (`engine.kernels.formula`): what half precision takes
+    ours       what the engine runs in this precision: in fp32 and fp64 `engine.kernels.streamed`
+    softmax    the model's own: q, k, v, scaled_dot_product_attention, out
+
+Printed, for the widest attentions of SD-1.5 (8 heads of 40) and SDXL (10 of 64):
+
+    ms         CPU time of `--threads` threads, or a GPU's own time; median of the repeats
+    outside    ms beside the products: less what this forward's own matrix products take alone, in
+               the shapes in which it multiplies them and into memory that is there. Measured in the
+               same turn; one per cent of the forward at least, since noise may say less than none.
+    MB         by which a fresh process grows at its peak in one forward, its result included
+    error      relative, in the Euclidean norm, to the naive forward in float64
+
+All are run in turn, and ratios are medians over the turns. What would take longer than `--limit-s`,
+or more memory than there is, is left out and said so.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import psutil
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks import common
+from benchmarks.common import COLOURS, Aim, Noise
+from engine.kernels import streamed
+from engine.linfusion import LinearAttention
+
+EPS = 1e-4
+AIM_TOKENS = 16384
+ERROR_TOKENS = 16384  # at most: the reference is in float64
+TENSORS = 12  # [n, C] that the naive forward holds at once, generously
+
+
+@dataclass(frozen=True)
+class Shape:
+    heads: int
+    head_width: int
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_width
+
+
+SHAPES = {"SD-1.5": Shape(8, 40), "SDXL": Shape(10, 64)}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = common.arguments(__doc__)
+    sizes = [4**i * 1024 for i in range(6)]
+    parser.add_argument("--tokens", type=int, nargs="+", default=sizes)
+    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--memory-tokens", type=int, nargs="*", default=[AIM_TOKENS])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--limit-s", type=float, default=8.0, help="that one forward may take")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of a CPU; several would count waiting as work"
+    )
+    return parser.parse_args()
+
+
+# --- the forwards ---------------------------------------------------------------------------------
+
+
+def naive(module: LinearAttention, x: Tensor) -> Tensor:
+    """[B, n, C] -> [B, n, C]"""
+    tokens = x.shape[1]
+    query = _heads_to_batch(module.to_q(x + module.to_q_(x)), module.heads)
+    key = _heads_to_batch(module.to_k(x + module.to_k_(x)), module.heads)
+    value = _heads_to_batch(module.to_v(x), module.heads)
+    query, key = F.elu(query) + 1, F.elu(key) + 1
+    z = query @ key.mean(1, keepdim=True).transpose(1, 2) + EPS
+    state = (key.transpose(1, 2) * tokens**-0.5) @ (value * tokens**-0.5)
+    return module.to_out[0](_batch_to_heads(query @ state / z, module.heads))
+
+
+def softmax(module: LinearAttention, x: Tensor) -> Tensor:
+    """[B, n, C] -> [B, n, C]: as the model was trained, without the MLPs."""
+    query, key, value = (
+        linear(x).unflatten(-1, (module.heads, -1)).transpose(1, 2)
+        for linear in (module.to_q, module.to_k, module.to_v)
+    )
+    mixed = F.scaled_dot_product_attention(query, key, value)
+    return module.to_out[0](mixed.transpose(1, 2).flatten(2))
+
+
+def ours(module: LinearAttention, x: Tensor) -> Tensor:
+    return module(x)
+
+
+def plain(module: LinearAttention, x: Tensor) -> Tensor:
+    with _not_streamed():
+        return module(x)
+
+
+FORWARDS: dict[str, Callable[[LinearAttention, Tensor], Tensor]] = {
+    "ours": ours,
+    "plain": plain,
+    "naive": naive,
+    "softmax": softmax,
+}
+
+
+@contextmanager
+def _not_streamed() -> Iterator[None]:
+    with mock.patch.object(streamed, "can_stream", return_value=False):
+        yield
+
+
+def _heads_to_batch(x: Tensor, heads: int) -> Tensor:
+    """[B, n, heads * d] -> [B * heads, n, d]"""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def _batch_to_heads(x: Tensor, heads: int) -> Tensor:
+    """[B * heads, n, d] -> [B, n, heads * d]"""
+    return x.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2).contiguous()
+
+
+# --- their products alone -------------------------------------------------------------------------
+
+
+def whole_products(module: LinearAttention, x: Tensor) -> Callable[[], None]:
+    """The naive forward's: eight of all tokens by C x C, and three of each head's own."""
+    tokens, width = x.shape[1:]
+    weight, out = module.to_q.weight.t(), torch.empty_like(x[0])
+    by_head = _heads_to_batch(x, module.heads)
+    mean = by_head[:, :1].transpose(1, 2).contiguous()
+    state = by_head.new_empty(module.heads, width // module.heads, width // module.heads)
+    mixed, sums = torch.empty_like(by_head), by_head.new_empty(module.heads, tokens, 1)
+
+    def multiply() -> None:
+        for _ in range(8):
+            torch.mm(x[0], weight, out=out)
+        torch.bmm(by_head, mean, out=sums)
+        torch.bmm(by_head.transpose(1, 2), by_head, out=state)
+        torch.bmm(by_head, state, out=mixed)
+
+    return multiply
+
+
+def streamed_products(module: LinearAttention, x: Tensor) -> Callable[[], None]:
+    """Those of `engine.kernels.streamed`: eight a block by C x C, and one for the normalisers."""
+    width, weight = x.shape[2], module.to_q.weight.t()
+    blocks = list(streamed._blocks(x[0]))  # as many tokens at once as it takes
+    out, sums = torch.empty_like(blocks[0]), blocks[0].new_empty(len(blocks[0]), module.heads)
+    square, normalisers = x.new_zeros(width, width), x.new_empty(width, module.heads)
+
+    def multiply() -> None:
+        for block in blocks:
+            for _ in range(7):
+                torch.mm(block, weight, out=out[: len(block)])
+            torch.mm(block, normalisers, out=sums[: len(block)])
+            torch.addmm(square, block.t(), block, beta=0, out=square)
+
+    return multiply
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def build(shape: Shape, options: argparse.Namespace) -> LinearAttention:
+    torch.manual_seed(0)
+    module = LinearAttention(shape.width, heads=shape.heads, dim_head=shape.head_width)
+    dtype = getattr(torch, options.dtype)
+    return module.to(common.default_device(), dtype).eval().requires_grad_(False)
+
+
+def tokens_of(module: LinearAttention, count: int) -> Tensor:
+    """[1, n, C]"""
+    weight = module.to_q.weight
+    noise = torch.randn(1, count, weight.shape[1], generator=torch.Generator().manual_seed(count))
+    return noise.to(weight.device, weight.dtype)
+
+
+def measure_model(model: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each number of tokens and forward."""
+    module, rows = build(SHAPES[model], options), []
+    estimates = dict.fromkeys(FORWARDS, 0.0)  # seconds of one forward, from the size before
+    for count in sorted(options.tokens):
+        why = {name: refusal(name, count, module, estimates, options) for name in FORWARDS}
+        names = [name for name in FORWARDS if not why[name]]
+        timed = time_in_turn(module, count, names, options) if names else {}
+        errors = errors_of(module, count, names) if count <= ERROR_TOKENS else {}
+        for name in FORWARDS:
+            row = {"model": model, "tokens": count, "forward": name, "left_out": why[name]}
+            if name in timed:
+                estimates[name] = timed[name]["s"].median / count
+                row |= timed[name] | {"error": errors.get(name), "mb": None}
+            if name in timed and count in options.memory_tokens:
+                row["mb"] = common.in_fresh_process(memory_mb, name, count, model, options)
+            rows.append(row)
+    return rows
+
+
+def refusal(
+    name: str,
+    count: int,
+    module: LinearAttention,
+    estimates: dict[str, float],
+    options: argparse.Namespace,
+) -> str | None:
+    """Why this forward is not run, if it is not. `estimates` are seconds a token, so far."""
+    # Softmax's cost of a token grows with their number, which is four times that of the row before.
+    if estimates[name] * count * (4 if name == "softmax" else 1) > options.limit_s:
+        estimates[name] = float("inf")
+        return "time"
+    weight = module.to_q.weight
+    needed = TENSORS * count * weight.shape[1] * weight.element_size()
+    free = psutil.virtual_memory().available
+    if weight.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+    return "memory" if needed > 0.6 * free else None
+
+
+def time_in_turn(
+    module: LinearAttention, count: int, names: list[str], options: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    x, device = tokens_of(module, count), module.to_q.weight.device
+    functions: dict[str, Callable[[], object]] = {n: partial(FORWARDS[n], module, x) for n in names}
+    functions["whole products"] = whole_products(module, x)
+    functions["streamed products"] = streamed_products(module, x)
+    measured = common.in_turn(functions, options.repeats, partial(common.seconds, device=device))
+    outside = {n: beside(measured[n], measured[products_of(module, n)]) for n in names}
+    return {
+        n: {
+            "s": Noise.of(measured[n]),
+            "outside_s": None if n == "softmax" else Noise.of(outside[n]),
+            "speed_up": common.ratio(measured["naive"], measured[n]),
+            "outside_speed_up": common.ratio(outside["naive"], outside[n]),
+        }
+        for n in names
+    }
+
+
+def products_of(module: LinearAttention, name: str) -> str:
+    return (
+        "streamed products" if name == "ours" and streamed.can_stream(module) else "whole products"
+    )
+
+
+def beside(whole: list[float], products: list[float]) -> list[float]:
+    """Of each turn, what is left of the whole without the products."""
+    return [max(a - b, 0.01 * a) for a, b in zip(whole, products, strict=True)]
+
+
+def errors_of(module: LinearAttention, count: int, names: list[str]) -> dict[str, float]:
+    x = tokens_of(module, count)
+    expected = naive(deepcopy(module).double(), x.double())
+    return {
+        name: float((FORWARDS[name](module, x).double() - expected).norm() / expected.norm())
+        for name in names
+        if name != "softmax"
+    }
+
+
+def memory_mb(name: str, count: int, model: str, options: argparse.Namespace) -> float:
+    """In a process of its own, which has done a small forward before."""
+    torch.set_num_threads(options.threads)
+    module = build(SHAPES[model], options)
+    with torch.no_grad():
+        FORWARDS[name](module, tokens_of(module, 1024))
+        x = tokens_of(module, count)
+        return common.peak_growth_mb(lambda: FORWARDS[name](module, x), module.to_q.weight.device)
+
+
+# --- what it comes to -----------------------------------------------------------------------------
+
+
+def aims(rows: list[dict[str, Any]]) -> list[Aim]:
+    found = {(r["model"], r["forward"]): r for r in rows if r["tokens"] == AIM_TOKENS}
+    listed = []
+    for model in {r["model"]: None for r in rows}:
+        own, other = (found.get((model, name), {}) for name in ("ours", "naive"))
+        faster = own.get("outside_speed_up")
+        both = own.get("mb") and other.get("mb")
+        listed += [
+            Aim(
+                f"{model}, 16k tokens: naive's time outside of the products over ours",
+                faster.median if faster else None, 3, at_most=False,
+            ),
+            Aim(
+                f"{model}, 16k tokens: our extra memory over naive's",
+                own["mb"] / other["mb"] if both else None, 0.6,
+            ),
+        ]  # fmt: skip
+    return listed
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    columns = ["", "tokens", "ms", "(min - max)", "outside", "naive / it", "outside", "MB", "error"]
+    cells = []
+    for row in rows:
+        title = f"{row['model']} {row['forward']}"
+        if row["left_out"]:
+            cells.append([title, row["tokens"], f"({row['left_out']})", *[None] * 6])
+            continue
+        s, outside = row["s"], row["outside_s"]
+        spread = f"({s.min * 1e3:.3g} - {s.max * 1e3:.3g})"
+        cells.append([
+            title, row["tokens"], s.median * 1e3, spread,
+            outside and outside.median * 1e3, row["speed_up"].median,
+            str(row["outside_speed_up"]) if outside else None, row["mb"],
+            None if row["error"] is None else f"{row['error']:.1e}",
+        ])  # fmt: skip
+    common.print_table(columns, cells)
+    print("\n(time) and (memory): left out, it would take more than --limit-s, or than there is\n")
+
+
+def draw(rows: list[dict[str, Any]], plt: Any) -> Any:
+    """Time over tokens, and of 16k tokens: time by its parts, and memory."""
+    models = list({row["model"]: None for row in rows})
+    figure, grid = plt.subplots(
+        len(models), 3, figsize=(11, 3.2 * len(models)), squeeze=False, layout="constrained",
+        width_ratios=(1.6, 1, 1),
+    )  # fmt: skip
+    for axes, model in zip(grid, models, strict=True):
+        own = [row for row in rows if row["model"] == model and not row["left_out"]]
+        _draw_times(axes[0], model, own)
+        counts = [row["tokens"] for row in own if row["mb"]] or [row["tokens"] for row in own]
+        bars = [row for row in own if row["tokens"] == max(counts)]
+        _draw_parts(axes[1], bars)
+        _draw_memory(axes[2], bars)
+    return figure
+
+
+def _draw_times(axes: Any, model: str, rows: list[dict[str, Any]]) -> None:
+    for name in FORWARDS:
+        points = [(row["tokens"], row["s"].median) for row in rows if row["forward"] == name]
+        axes.plot(*zip(*points, strict=True), "o-", ms=4, color=COLOURS[name], label=name)
+    axes.set(xscale="log", yscale="log", xlabel="tokens", title=f"{model}: seconds of one forward")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda n, _: f"{n / 1024:.0f}k")
+    axes.yaxis.set_major_formatter(lambda s, _: f"{s:g}")
+    axes.yaxis.set_minor_formatter(lambda s, _: "")
+    axes.legend()
+
+
+def _draw_parts(axes: Any, rows: list[dict[str, Any]]) -> None:
+    rows = [row for row in rows if row["outside_s"]]
+    for place, row in enumerate(rows):
+        outside, whole = row["outside_s"].median * 1e3, row["s"].median * 1e3
+        axes.bar(place, whole - outside, color="#d5d5d5", label=None if place else "products")
+        axes.bar(place, outside, bottom=whole - outside, color=COLOURS[row["forward"]])
+        axes.annotate(f"+{outside:.0f}", (place, whole), ha="center", va="bottom")
+    axes.set_xticks(range(len(rows)), [row["forward"] for row in rows])
+    axes.set_title(f"{rows[0]['tokens'] // 1024}k tokens: ms, products in grey")
+    axes.grid(axis="x", visible=False)
+
+
+def _draw_memory(axes: Any, rows: list[dict[str, Any]]) -> None:
+    rows = [row for row in rows if row["mb"]]
+    colours = [COLOURS[row["forward"]] for row in rows]
+    bars = axes.bar([row["forward"] for row in rows], [row["mb"] for row in rows], color=colours)
+    axes.bar_label(bars, fmt="%.0f")
+    axes.set_title("extra memory at the peak, MB")
+    axes.grid(axis="x", visible=False)
+
+
+def main() -> None:
+    options = parse_arguments()
+    torch.set_num_threads(options.threads)
+    common.machine()  # before there is any load of our own
+    with torch.no_grad():
+        rows = [row for model in options.models for row in measure_model(model, options)]
+    print_rows(rows)
+    common.finish("attention", options, {"rows": rows}, aims(rows), partial(draw, rows))
+
+
+if __name__ == "__main__":
+    main()

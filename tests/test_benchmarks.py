@@ -1,0 +1,215 @@
+"""The arithmetic of benchmarks, and that each comes to its last line at tiny sizes."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import attention, common, communication, end_to_end, projection, report
+from benchmarks.common import Aim, Noise
+from engine.parallel import band_layers
+from engine.simulation import pretended
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "attention": "--tokens 64 256 --models SD-1.5 --memory-tokens 256 --repeats 1",
+    "communication": "--ranks 2 --measured-px 128 --px 1024 --gpus 2 --simulated-gpus 8",
+    "projection": "--px 1024 --timed-px 512 --gpus 2 --most-latents 256 --repeats 1",
+    "end_to_end": "--ranks 1 --height 64 --width 64 --steps 2 --repeats 1",
+}
+
+
+# --- noise and pairs ------------------------------------------------------------------------------
+
+
+def test_noise_is_the_median_between_the_extremes():
+    assert Noise.of([3.0, 1.0, 10.0]) == Noise(3.0, 1.0, 10.0)
+    assert Noise.of([1.0, 2.0]).median == 1.5
+
+
+def test_functions_take_turns_after_a_first_that_does_not_count():
+    called = []
+    functions = {name: lambda name=name: called.append(name) for name in "ab"}
+
+    def measure(function):
+        function()
+        return float(len(called))
+
+    assert common.in_turn(functions, 2, measure) == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+    assert called == list("ababab")
+
+
+def test_a_ratio_is_taken_pair_by_pair():
+    # A machine that slows down to a tenth meanwhile changes no pair.
+    assert common.ratio([2.0, 20.0, 200.0], [1.0, 10.0, 100.0]) == Noise(2.0, 2.0, 2.0)
+    assert common.ratio([1.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == Noise(2.0, 1.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "at_most", "met"),
+    [(0.5, True, True), (2.0, True, False), (2.0, False, True), (0.5, False, False),
+     (None, True, None)],
+)  # fmt: skip
+def test_an_aim_is_met_missed_or_not_measured(value, at_most, met):
+    assert Aim("so much", value, 1.0, at_most).met is met
+
+
+def test_the_last_line_is_json_and_says_what_was_measured_where(tmp_path, capsys):
+    options = argparse.Namespace(repeats=2, output=tmp_path)
+    record = {"rows": [{"s": Noise(1.0, 0.5, 2.0), "error": float("inf"), "path": Path("a")}]}
+    common.finish("trial", options, record, [Aim("aim", 1.0, 2.0)])
+    line = capsys.readouterr().out.splitlines()[-1]
+    said = json.loads(line)
+    assert said["rows"] == [
+        {"s": {"median": 1.0, "min": 0.5, "max": 2.0}, "error": None, "path": "a"}
+    ]
+    assert (said["settings"], said["aims"][0]["met"]) == ({"repeats": 2}, True)
+    assert {"device", "cores", "threads", "torch", "diffusers", "date"} <= said["machine"].keys()
+    assert (tmp_path / "trial.json").read_text() == line + "\n"
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+def test_all_linear_forwards_are_one_function():
+    options = argparse.Namespace(dtype="float64")
+    module = attention.build(attention.SHAPES["SD-1.5"], options)
+    with torch.no_grad():
+        x = attention.tokens_of(module, 50)
+        expected = attention.naive(module, x)
+        for forward in (attention.ours, attention.plain):
+            torch.testing.assert_close(forward(module, x), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_what_is_beside_the_products_is_never_nothing():
+    assert attention.beside([5.0, 4.0], [3.0, 6.0]) == [2.0, 0.04]
+
+
+# --- communication --------------------------------------------------------------------------------
+
+
+def counted(mesh, model, mode):
+    return communication.measure_mode(mesh, model, mode, 16)
+
+
+@pytest.mark.parametrize("mode", communication.MODES)
+def test_formulas_say_what_real_ranks_send(mode):
+    for row in run_ranks(2, counted, "quarter SDXL", mode):
+        assert communication.deviation(row["sent"], row["formula"]) < 0.1
+        assert row["sent"].keys() == row["formula"].keys()
+        if mode != "displaced":
+            assert row["rounds"] == row["formula_rounds"]
+
+
+def test_a_deviation_is_the_worst_kind_of_layer():
+    assert communication.deviation({"a": 100, "b": 98}, {"a": 100, "b": 100}) == 2.0
+    assert communication.deviation({}, {"a": 100}) == 100.0
+
+
+@pytest.mark.parametrize(
+    ("name", "level"),
+    [("conv_in", 0), ("down_blocks.1.resnets.0.conv1", 1), ("mid_block.resnets.0.norm1", 2),
+     ("up_blocks.0.resnets.0.conv1", 2), ("up_blocks.0.upsamplers.0.conv", 1), ("conv_out", 0)],
+)  # fmt: skip
+def test_levels_of_layers(name, level):
+    assert communication.level_of(name, levels=3) == level
+
+
+@pytest.mark.slow
+def test_published_methods_on_sdxl():
+    unet = communication.shapes("SDXL")
+    job = communication.Job(ranks=8, rank=1, height=128, width=128, element_bytes=2)
+    # Keys and values of all layers at 1024 px are 419.4 MB, rows at borders 8.2, states 10.8.
+    softmax, linear = (communication.published(unet, job, linear) / 1e6 for linear in (False, True))
+    assert softmax == pytest.approx(7 / 8 * 419.4 + 7 * 8.17, rel=0.005)
+    assert linear == pytest.approx(7 * (10.8 + 8.17), rel=0.005)
+
+
+# --- projection -----------------------------------------------------------------------------------
+
+
+def test_a_rank_alone_computes_its_band_of_real_numbers():
+    unet = projection.build("quarter SDXL")
+    band_layers(unet)
+    share = projection.share_of(unet, px=256, gpus=4, most_latents=10**9)
+    assert (share.rows, share.rows_run, share.width) == (8, 8, 32)
+    with torch.inference_mode():
+        assert share.run(unet).isfinite().all()
+    assert share.traffic.rounds["linear attention"] == 17
+
+
+def test_shares_that_are_not_there_or_run_in_part():
+    with pretended():
+        unet = projection.build("quarter SDXL")
+    assert projection.share_of(unet, px=256, gpus=9, most_latents=10**9) is None
+    share = projection.share_of(unet, px=1024, gpus=2, most_latents=16 * 128)
+    assert (share.rows, share.rows_run) == (64, 16)
+
+
+def test_the_wire_between_nodes_is_another():
+    options = argparse.Namespace(latency_us=10, gb_s=100, node_latency_us=50, node_gb_s=10)
+    assert projection.wire_s(8, 1e9, 100, options) == pytest.approx((0.001, 0.01))
+    assert projection.wire_s(9, 1e9, 100, options) == pytest.approx((0.005, 0.1))
+    assert projection.waiting(1.0, 0.005, 0.1) == pytest.approx(1.105)
+    assert projection.overlapping(0.05, 0.005, 0.1) == 0.1
+
+
+# --- whole jobs, and the page ---------------------------------------------------------------------
+
+
+def test_of_each_part_the_slowest_rank_counts():
+    ranks = [[{"a": (1.0, 5.0), "b": (1.0, 1.0)}], [{"a": (2.0, 3.0), "b": (1.0, 1.0)}]]
+    parts = end_to_end.slowest(ranks)
+    assert (parts["a"]["s"].median, parts["a"]["cpu_s"].median) == (2.0, 5.0)
+    assert parts["all"]["s"].median == 3.0
+
+
+def test_a_failure_is_on_the_page_and_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    runs = {"missing": report.Run("Not there", ""), "common": report.Run("Nothing", "")}
+    monkeypatch.setattr(report, "RUNS", runs)
+    monkeypatch.setattr(sys, "argv", ["report", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        report.main()
+    page = (tmp_path / "REPORT.md").read_text()
+    assert "No module named benchmarks.missing" in page
+    assert page.index("## Not there") < page.index("## Nothing")
+    assert "| cores |" in page
+
+
+def test_the_page_has_the_tables_without_the_json():
+    assert report.table_of('a   b\n1   2  \n{"benchmark": 1}\n') == "a   b\n1   2"
+
+
+@pytest.mark.parametrize("name", list(report.RUNS))
+def test_what_the_report_asks_for_is_understood(name, monkeypatch):
+    module = __import__(f"benchmarks.{name}", fromlist=["parse_arguments"])
+    for arguments in {report.RUNS[name].arguments, report.RUNS[name].on_gpu or ""}:
+        monkeypatch.setattr(sys, "argv", [name, *arguments.split()])
+        assert module.parse_arguments()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(TINY))
+def test_each_benchmark_ends_with_a_line_of_json(name, tmp_path):
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, "-m", f"benchmarks.{name}", *TINY[name].split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["benchmark"] == name
+    assert all(aim["met"] is not False for aim in said["aims"])
+    assert (tmp_path / f"{name}.png").stat().st_size > 1000
+    assert said.get("projection", False) == (name == "projection")
