@@ -58,11 +58,10 @@ def is_available(device: torch.device) -> bool:
     return is_installed() and (device.type == "cuda" or is_interpreted())
 
 
-def can_compute(x: Tensor) -> bool:
-    """Whether the kernels take [..., d] of this kind. There are no gradients of them."""
+def can_compute(x: Tensor, width: int) -> bool:
+    """Whether the kernels take tensors like `x`, in heads so wide. There are no gradients of them."""
     wanted = torch.is_grad_enabled() and x.requires_grad
-    fits = x.shape[-1] <= MOST_WIDE and x.dtype in _DTYPES
-    return fits and not wanted and is_available(x.device)
+    return width <= MOST_WIDE and x.dtype in _DTYPES and not wanted and is_available(x.device)
 
 
 @dataclass(frozen=True)
