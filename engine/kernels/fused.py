@@ -18,9 +18,10 @@ precise as fp16. Relative error against float64, for 4096 tokens, d = 40, v ~ N(
 
 What was run: the kernels in Triton's interpreter, on CPU tensors, against `formula` in float64
 (tests/test_fused.py); these figures by the same arithmetic in torch, since the interpreter cuts
-bf16 off instead of rounding it (and has 3e-3 to 6e-3); and Triton's compiler for sm_80 and sm_90,
-whose results fit into registers and shared memory. What was not: any of it on a GPU. Neither its
-speed nor the compiled code's results are known, so nothing uses it unless it is asked to.
+bf16 off instead of rounding it (and has 3e-3 to 6e-3). Triton 3.9 compiled them for sm_80 and sm_90:
+shared memory suffices, in half precision registers too (but for some 0.4 KB a thread of the state
+of d = 160 on sm_80), in fp32 often not. What was not run: any of it on a GPU. Neither its speed nor
+the compiled code's results are known, so nothing uses it unless it is asked to.
 """
 
 import math
@@ -59,7 +60,7 @@ def is_available(device: torch.device) -> bool:
 
 
 def can_compute(x: Tensor, width: int) -> bool:
-    """Whether the kernels take tensors like `x`, in heads so wide. There are no gradients of them."""
+    """Whether the kernels take tensors like `x`, in heads so wide. They have no gradients."""
     wanted = torch.is_grad_enabled() and x.requires_grad
     return width <= MOST_WIDE and x.dtype in _DTYPES and not wanted and is_available(x.device)
 
@@ -133,9 +134,10 @@ def fused_state(key: Tensor, value: Tensor) -> Tensor:
     unit = _unit(key, value)
     with torch.cuda.device_of(key):
         fused_triton.state[(splits * pairs,)](
-            key, value, partials, tokens, heads, pairs, *_in_units(key, unit), *_in_units(value, unit),
-            UNIT=unit, HEAD=width, WIDE=tiles.wide, NARROW=tiles.narrow, TOKENS=of_program, BLOCK=tiles.block,
-            OPERAND=_operand(key.dtype), PRECISION="ieee",
+            key, value, partials, tokens, heads, pairs,
+            *_in_units(key, unit), *_in_units(value, unit),
+            UNIT=unit, HEAD=width, WIDE=tiles.wide, NARROW=tiles.narrow,
+            TOKENS=of_program, BLOCK=tiles.block, OPERAND=_operand(key.dtype), PRECISION="ieee",
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return partials.sum(0)

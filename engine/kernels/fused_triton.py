@@ -1,15 +1,16 @@
 """Linear attention for GPUs, in Triton: the two kernels that `engine.kernels.fused` launches.
 
-Imported only where Triton is. Triton's tiles are powers of two, and heads often are not. 40 is padded
-to 64; a wider one may be two tiles, 80 = 64 + 16, 160 = 128 + 32: were 160 padded to 256, its
-products would take 2.6 times the FLOPs, and its state all registers that an SM has.
+Imported only where Triton is. Triton's tiles are powers of two, and heads often are not. 40 is
+padded to 64; a wider one may be two tiles, 80 = 64 + 16, 160 = 128 + 32: were 160 padded to 256,
+its products would take 2.6 times the FLOPs, and its state all registers that an SM has.
 
     state    one head's phi(k)^T [v, 1] over TOKENS tokens: [d, d+1] fp32, one of many partial sums
     apply    TOKENS queries of one head: phi(q) S / (phi(q) z + eps)
 
 Offsets are 64 bits, since keys of 4 million tokens by 640 channels are more than 2^31 numbers, and
-the whole grid is in the first dimension, the only one that may pass 65535. Strides come in units of UNIT numbers, so that the compiler knows that heads of 40 begin where 16 bytes are read
-at once; by itself it looks for multiples of 16 alone.
+the whole grid is in the first dimension, the only one that may pass 65535. Strides come in units of
+UNIT numbers, so that the compiler knows that heads of 40 begin where 16 bytes are read at once; by
+itself it looks for multiples of 16 alone.
 """
 
 import triton
@@ -29,6 +30,12 @@ def _to_tf32(x):
     bits = x.to(tl.int32, bitcast=True)
     rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return tl.where(x == x, rounded, x)  # the sum of a NaN's bits may be zero's
+
+
+@triton.jit
+def _begin(pair, heads, first, batch_stride, head_stride, row_stride):
+    """Where the first token of a head of a picture is."""
+    return (pair // heads) * batch_stride + (pair % heads) * head_stride + first * row_stride
 
 
 @triton.jit
@@ -67,8 +74,10 @@ def state(
     """
     split, pair = tl.program_id(0) // pairs, (tl.program_id(0) % pairs).to(tl.int64)
     first = split.to(tl.int64) * TOKENS
-    key += ((pair // heads) * key_batch + (pair % heads) * key_head + first * key_row) * UNIT
-    value += ((pair // heads) * value_batch + (pair % heads) * value_head + first * value_row) * UNIT
+    key += _begin(pair, heads, first, key_batch, key_head, key_row) * UNIT
+    value += (
+        (pair // heads) * value_batch + (pair % heads) * value_head + first * value_row
+    ) * UNIT
     count = tl.minimum(tokens - first, TOKENS).to(tl.int32)
     i, j = tl.arange(0, WIDE), WIDE + tl.arange(0, NARROW or 1)
     ii, z_i = tl.zeros([WIDE, WIDE], tl.float32), tl.zeros([WIDE], tl.float32)
@@ -109,14 +118,16 @@ def apply(
     UNIT: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
-    """out = phi(q) S / (phi(q) z + eps) for TOKENS tokens; S and z are read once for all of them.
+    """out = phi(q) S / (phi(q) z + eps) for TOKENS tokens, which read S and z once.
 
-    Everything is fp32 until it is divided; the products are of fp32 numbers, rounded to TF32 or not.
+    Everything is fp32 until it is divided; the products are of fp32 numbers, or of TF32.
     """
     pair = (tl.program_id(0) % pairs).to(tl.int64)
     first = (tl.program_id(0) // pairs).to(tl.int64) * TOKENS
-    query += ((pair // heads) * query_batch + (pair % heads) * query_head + first * query_row) * UNIT
-    out += ((pair // heads) * out_batch + (pair % heads) * out_head + first * out_row) * UNIT
+    query += (
+        (pair // heads) * query_batch + (pair % heads) * query_head + first * query_row
+    ) * UNIT
+    out += _begin(pair, heads, first, out_batch, out_head, out_row) * UNIT
     mean_state += pair * (HEAD * (HEAD + 1))
     count = tl.minimum(tokens - first, TOKENS).to(tl.int32)
     PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
