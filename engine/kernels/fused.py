@@ -18,10 +18,10 @@ precise as fp16. Relative error against float64, for 4096 tokens, d = 40, v ~ N(
 
 What was run: the kernels in Triton's interpreter, on CPU tensors, against `formula` in float64
 (tests/test_fused.py); these figures by the same arithmetic in torch, since the interpreter cuts
-bf16 off instead of rounding it (and has 3e-3 to 6e-3). Triton 3.9 compiled them for sm_80 and sm_90:
-shared memory suffices, in half precision registers too (but for some 0.4 KB a thread of the state
-of d = 160 on sm_80), in fp32 often not. What was not run: any of it on a GPU. Neither its speed nor
-the compiled code's results are known, so nothing uses it unless it is asked to.
+bf16 off instead of rounding it (and has 3e-3 to 6e-3). Triton 3.9 compiled the kernels for sm_80
+and sm_90: shared memory suffices, and registers too but for heads of 160 in the state (0.4 KB a
+thread in half precision on sm_80) and of 128 and more in fp32. What was not run: any of it on a GPU.
+Neither speed nor the compiled code's results are known, so nothing uses it unless it is asked to.
 """
 
 import math
@@ -99,8 +99,9 @@ def tiles_of(width: int, dtype: torch.dtype) -> Tiles:
     if wide > 64 and width <= 3 * wide // 4:
         wide //= 2
         narrow = max(16, 1 << (width - wide - 1).bit_length())
-    warps = 4 if wide + narrow <= 64 else 8
-    if dtype == torch.float32 or width > 128:
+    half = dtype != torch.float32
+    warps = 4 if wide + narrow <= (64 if half else 32) else 8
+    if not half or width > 128:
         return Tiles(wide, narrow, block=32, warps=warps, stages=2)
     return Tiles(wide, narrow, block=64, warps=warps, stages=3 if width < 128 else 2)
 
