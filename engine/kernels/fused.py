@@ -20,7 +20,7 @@ What was run: the kernels in Triton's interpreter, on CPU tensors, against `form
 (tests/test_fused.py); these figures by the same arithmetic in torch, since the interpreter cuts
 bf16 off instead of rounding it (and has 3e-3 to 6e-3). Triton 3.9 compiled the kernels for sm_80
 and sm_90: shared memory suffices, and registers too but for heads of 160 in the state (0.4 KB a
-thread in half precision on sm_80) and of 128 and more in fp32. What was not run: any of it on a GPU.
+thread in half precision on sm_80) and of 128 and more in fp32. What was not run: a GPU with them.
 Neither speed nor the compiled code's results are known, so nothing uses it unless it is asked to.
 """
 
