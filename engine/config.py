@@ -400,6 +400,11 @@ class Settings(BaseModel):
     dtype: Literal["auto", "float32", "float16", "bfloat16", "float64"] = Field(
         default="auto", description="Precision of the networks; 'auto' suits the device."
     )
+    kernels: Literal["plain", "fused"] = Field(
+        default="plain",
+        description="How linear attention computes on GPUs: 'plain' by torch, 'fused' by Triton in "
+        "two passes, which no GPU has run yet.",
+    )
     mesh: MeshSettings = Field(
         default=MeshSettings(), description="How the ranks share out the work."
     )
@@ -469,6 +474,16 @@ class Settings(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _no_idle_kernels(self) -> Self:
+        softmax, double = self.linfusion == "none", self.dtype == "float64"
+        if self.kernels == "fused" and (softmax or double):
+            raise ValueError(
+                "kernels fused are of linear attention and in fp32, fp16 or bf16: choose another "
+                f"{'linfusion' if softmax else 'dtype'}, or leave kernels out"
+            )
+        return self
+
     @classmethod
     def load(
         cls,
@@ -486,7 +501,7 @@ class Settings(BaseModel):
         """Everything that determines the picture, for the picture's metadata. JSON-able."""
         elsewhere = {"output", "device", "timeout_s", "mesh", "memory", "plan", "codec", "ladder"}
         elsewhere |= {"file", "model_sha256", "linfusion_sha256"}
-        elsewhere |= {"checkpoint", "resume", "progress", "stall_s"}
+        elsewhere |= {"checkpoint", "resume", "progress", "stall_s", "kernels"}
         facts = self.model_dump(mode="json", exclude=elsewhere)
         facts |= {"codec": self.codec.effective(), "ladder": self.ladder.effective()}
         if self.ladder.upscale is not None:  # the next job may begin in another folder

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from engine.bands import sum_over_bands
 from engine.config import UserError
-from engine.kernels import streamed
+from engine.kernels import fused, streamed
 from engine.kernels.formula import apply_state, attention_state
 
 _WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -94,30 +94,65 @@ class LinearAttention(Attention):  # type: ignore[misc]
 
     def _state(self, tokens: Iterable[Tensor]) -> tuple[Tensor, int]:
         """This band's state, unnormalised, and how many tokens it is of."""
-        if streamed.can_stream(self):
+        if self._can_stream():
             return streamed.state(self, tokens)
         states, count = [], 0
         for chunk in tokens:
             key = self._split_heads(self.to_k(chunk + self.to_k_(chunk)))
             value = self._split_heads(self.to_v(chunk))
             with _no_autocast(chunk.device):
-                states.append(attention_state(key, value))
+                states.append(self._sum_up(key, value))
             count += chunk.shape[1]
         return sum(states[1:], start=states[0]), count
 
     def attend(self, tokens: Tensor, mean_state: Tensor) -> Tensor:
         """[B, n, C] -> [B, n, C]: what these tokens, all or some, read from the state."""
-        if streamed.can_stream(self):
+        if self._can_stream():
             return streamed.attend(self, tokens, mean_state)
         query = self._split_heads(self.to_q(tokens + self.to_q_(tokens)))
         with _no_autocast(tokens.device):
-            mixed = apply_state(query, mean_state)
+            mixed = self._read(query, mean_state)
         return self.to_out[0](mixed.transpose(1, 2).flatten(2))
+
+    def _can_stream(self) -> bool:
+        return streamed.can_stream(self)
+
+    def _sum_up(self, key: Tensor, value: Tensor) -> Tensor:
+        """[B, heads, n, d] twice -> [B, heads, d, d+1]"""
+        return attention_state(key, value)
+
+    def _read(self, query: Tensor, mean_state: Tensor) -> Tensor:
+        """[B, heads, n, d], [B, heads, d, d+1] -> [B, heads, n, d]"""
+        return apply_state(query, mean_state)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """[B, n, heads * d] -> [B, heads, n, d]"""
         batch, tokens, width = x.shape
         return x.view(batch, tokens, self.heads, width // self.heads).transpose(1, 2)
+
+
+class FusedLinearAttention(LinearAttention):
+    """The same by the kernels of `engine.kernels.fused`, where they can compute it.
+
+    In fp64, with gradients and on a device that has none of them it is the plain module.
+    """
+
+    def _can_stream(self) -> bool:
+        return not self._can_fuse(self.to_q.weight) and super()._can_stream()
+
+    def _sum_up(self, key: Tensor, value: Tensor) -> Tensor:
+        if self._can_fuse(key, value):
+            return fused.fused_state(key, value)
+        return super()._sum_up(key, value)
+
+    def _read(self, query: Tensor, mean_state: Tensor) -> Tensor:
+        if self._can_fuse(query, mean_state):
+            return fused.fused_apply(query, mean_state)
+        return super()._read(query, mean_state)
+
+    def _can_fuse(self, *tensors: Tensor) -> bool:
+        width = self.to_q.weight.shape[0] // self.heads
+        return all(fused.can_compute(x, width) for x in tensors)
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -134,6 +169,46 @@ def _nonlinear_projection(dim: int, mid_dim: int | None) -> nn.Module:
     mid_dim = mid_dim or dim
     return nn.Sequential(
         nn.Linear(dim, mid_dim), nn.LayerNorm(mid_dim), nn.LeakyReLU(), nn.Linear(mid_dim, dim)
+    )
+
+
+_KERNELS: dict[str, type[LinearAttention]] = {
+    "plain": LinearAttention,
+    "fused": FusedLinearAttention,
+}
+
+
+def choose_kernels(unet: nn.Module, kernels: str) -> None:
+    """Let the linear attentions of `unet` compute by "plain" or by "fused" kernels, in place.
+
+    Before or after `engine.distribute`. Names, weights and what is saved stay as they are.
+
+    Raises:
+        UserError: there are no such kernels.
+    """
+    if kernels not in _KERNELS:
+        raise UserError(f"there are no kernels {kernels!r}: choose {' or '.join(_KERNELS)}")
+    for _, attention in self_attentions(unet):
+        if type(attention) in _KERNELS.values():
+            attention.__class__ = _KERNELS[kernels]
+
+
+def require_kernels(kernels: str, device: torch.device) -> None:
+    """Refuse kernels that `device` does not run.
+
+    Raises:
+        UserError: it is no GPU, or Triton is not installed.
+    """
+    if kernels != "fused" or fused.is_available(device):
+        return
+    if device.type == "cpu":
+        raise UserError(
+            "kernels fused are for GPUs, and this job computes on the CPU: leave kernels out, or "
+            "paint on a GPU"
+        )
+    raise UserError(
+        "kernels fused are written in Triton, which is not installed: install the triton that "
+        "your torch names (torch for CUDA brings it), or leave kernels out"
     )
 
 

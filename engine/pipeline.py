@@ -33,6 +33,7 @@ from engine.config import Group, Settings, UserError
 from engine.diffusion import Conditions, Denoiser, encode
 from engine.keeper import Control, Keeper
 from engine.ladder import Rung
+from engine.linfusion import choose_kernels
 from engine.loading import Description, describe, load, read_picture
 from engine.output.seams import Seams
 from engine.parallel import PipelineBoundary, distribute, lay_out, share_out
@@ -115,6 +116,7 @@ class Engine:
         self.traffic = layout.traffic
         pipe.set_progress_bar_config(disable=True)
         if settings is not None:
+            choose_kernels(pipe.unet, settings.kernels)
             memory.apply(pipe.unet, memory_options(settings), mesh)
 
     @classmethod
@@ -227,7 +229,7 @@ class Engine:
     def _keeper(self, settings: Settings, codecs: list[str]) -> Keeper:
         rungs = self.mesh.agree(lambda: rungs_of(settings, Description.of(self.pipe)))
         # What saves memory or shares out the work may be another when the job goes on.
-        elsewhere = {"mesh", "memory", "file"} - settings.provenance().keys()
+        elsewhere = {"mesh", "memory", "kernels", "file"} - settings.provenance().keys()
 
         def facts() -> dict[str, Any]:
             repeatable = self._repeatable(settings, codecs)
@@ -430,8 +432,9 @@ class Engine:
             **pinned,
             "dtype": str(self.pipe.unet.dtype).removeprefix("torch."),
             "mesh": facts.get("mesh", {}) | _chosen(settings.mesh, {"image"}),
-            # What saves memory computes in another order, which rounds otherwise.
+            # What saves memory, or time, computes in another order, which rounds otherwise.
             "memory": _chosen(settings.memory, {"limit_gb"}),
+            **({} if settings.kernels == "plain" else {"kernels": settings.kernels}),
             "file": _chosen(settings.file),
         }
 

@@ -16,11 +16,14 @@ from engine.bands.axes import Axes, choose_axes
 from engine.bands.boundary import downsampling_factor
 from engine.config import Settings, UserError
 from engine.ladder import Rung
+from engine.linfusion import require_kernels
 from engine.loading import Description, describe, name_linfusion, picture_size, weight_files
 from engine.parallel import require_same_versions
 from engine.plan import Plan, make_plan
 
-LOADING = ("model", "linfusion", "model_sha256", "linfusion_sha256", "device", "mesh", "memory")
+LOADING = (
+    "model", "linfusion", "model_sha256", "linfusion_sha256", "device", "mesh", "memory", "kernels",
+)  # fmt: skip
 """settings that only loading heeds, besides `dtype`, whose "auto" is another name for one"""
 
 
@@ -43,6 +46,7 @@ def on_device(settings: Settings, mesh: Mesh) -> Mesh:
     mesh = mesh.on_device(settings.device)
     require_same_versions(mesh)
     memory.require(memory_options(settings), mesh)
+    mesh.agree(lambda: require_kernels(settings.kernels, mesh.device))
     return mesh
 
 

@@ -1,0 +1,196 @@
+"""Linear attention on GPUs in two passes over the tokens, by Triton, in fp16, bf16 and fp32.
+
+    state    reads k and v once,                  writes phi(k)^T [v, 1], d x (d+1) a head
+    apply    reads q once and writes out once:    phi(q) S / (phi(q) z + eps)
+
+`engine.kernels.formula` does the same by some ten passes, each of which writes and reads n x C
+numbers, most of them in fp32.
+
+Where precision goes, in half precision. The state's products are of phi(k) rounded to the type of
+k, which is what tensor cores take, summed up in fp32: in fp16, phi(k) loses digits below k = -9.7
+and is zero below -17.3, where z counts for nothing beside its eps. In `apply` nothing is half until
+it is divided, since neither S nor its products need fit into fp16: the products are of TF32, as
+precise as fp16. Relative error against float64, for 4096 tokens, d = 40, v ~ N(0, 50):
+
+    q, k ~               N(0, 1)   N(-8, 1)   N(-12, 1)   N(0, 16)   output rounded, nothing else
+    fp16                 2.3e-4    2.5e-4     7.3e-4      2.4e-4     2.1e-4 (N(-12, 1): 5.5e-4)
+    bf16                 1.7e-3    1.8e-3     1.8e-3      1.7e-3     1.7e-3
+
+What was run: the kernels in Triton's interpreter, on CPU tensors, against `formula` in float64
+(tests/test_fused.py); these figures by the same arithmetic in torch, since the interpreter cuts
+bf16 off instead of rounding it (and has 3e-3 to 6e-3). Triton 3.9 compiled the kernels for sm_80
+and sm_90: shared memory suffices, and registers too but for heads of 160 in the state (0.4 KB a
+thread in half precision on sm_80) and of 128 and more in fp32. What was not run: a GPU with them.
+Neither speed nor the compiled code's results are known, so nothing uses it unless it is asked to.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from engine.kernels.formula import NORMALISER_EPS
+
+MOST_WIDE = 160
+"""what a head may measure: a state of more does not stay in registers"""
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@cache
+def is_installed() -> bool:
+    """Whether there is Triton. torch for CUDA brings it, torch for CPUs does not."""
+    return find_spec("triton") is not None
+
+
+def is_interpreted() -> bool:
+    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1), slowly, for tests."""
+    if not is_installed():
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def is_available(device: torch.device) -> bool:
+    """Whether the kernels run on tensors there."""
+    return is_installed() and (device.type == "cuda" or is_interpreted())
+
+
+def can_compute(x: Tensor, width: int) -> bool:
+    """Whether the kernels take tensors like `x`, in heads so wide. They have no gradients."""
+    wanted = torch.is_grad_enabled() and x.requires_grad
+    return width <= MOST_WIDE and x.dtype in _DTYPES and not wanted and is_available(x.device)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a kernel cuts up its work.
+
+    Attributes:
+        wide, narrow: the tiles that a head consists of; `narrow` is 0 where one does.
+        block: tokens that are multiplied at once.
+        warps, stages: of a program; blocks that are on their way from memory meanwhile.
+    """
+
+    wide: int
+    narrow: int
+    block: int
+    warps: int
+    stages: int
+
+
+def tiles_of(width: int, dtype: torch.dtype) -> Tiles:
+    """Tiles for heads so wide: by arithmetic and by what the compiler said, no GPU has timed them.
+
+    What bounds the kernels should be memory. In half precision each does 2 d^2 FLOP a token for 4 d
+    bytes: 20 FLOP a byte for d = 40 (51 as it is padded to 64), 32 for 64, 80 for 160. An A100
+    does 156 (78 in TF32, which `apply` takes) while it reads a byte, an H100 295 (148). In fp32 it
+    is d / 4 of plain FMAs, of which an A100 does 10 and an H100 20: arithmetic bounds them.
+
+    So enough bytes must be on their way, some 20 KB an SM. Of k and v, 64 tokens of 64 numbers are
+    16 KB, and three stages fit into shared memory two times and more (227 KB an SM, A100: 163 KB).
+    The state is fp32 accumulators in registers: 32 a thread for d = 64 on four warps; for d = 160
+    100 of the 255 that there are, on eight, and `apply` keeps 100 KB of it in shared memory.
+    """
+    wide, narrow = 1 << max(4, (width - 1).bit_length()), 0
+    if wide > 64 and width <= 3 * wide // 4:
+        wide //= 2
+        narrow = max(16, 1 << (width - wide - 1).bit_length())
+    half = dtype != torch.float32
+    warps = 4 if wide + narrow <= (64 if half else 32) else 8
+    if not half or width > 128:
+        return Tiles(wide, narrow, block=32, warps=warps, stages=2)
+    return Tiles(wide, narrow, block=64, warps=warps, stages=3 if width < 128 else 2)
+
+
+def tokens_of_state(tokens: int) -> int:
+    """Tokens that one program sums up: a power of two.
+
+    More programs are more parallel, and more partial sums: d / this of what is read. It depends on
+    nothing but the number of tokens, so that neither a batch nor a GPU changes the rounding.
+    """
+    return min(4096, max(256, 1 << (tokens // 64).bit_length()))
+
+
+_TOKENS_OF_APPLY = 1024  # of one program: it reads the state, 4 d^2 bytes, for 4 d bytes of each
+
+
+def fused_state(key: Tensor, value: Tensor) -> Tensor:
+    """`formula.attention_state` in one pass: [B, heads, n, d] twice -> [B, heads, d, d+1] fp32.
+
+    Any strides will do. Programs share nothing; their sums are added up by torch, in an order that
+    is always the same.
+    """
+    from engine.kernels import fused_triton
+
+    batch, heads, tokens, width = key.shape
+    assert key.shape == value.shape
+    assert key.dtype == value.dtype
+    tiles, of_program, pairs = tiles_of(width, key.dtype), tokens_of_state(tokens), batch * heads
+    splits = -(-tokens // of_program)
+    partials = key.new_empty(splits, batch, heads, width, width + 1, dtype=torch.float32)
+    unit = _unit(key, value)
+    with torch.cuda.device_of(key):
+        fused_triton.state[(splits * pairs,)](
+            key, value, partials, tokens, heads, pairs,
+            *_in_units(key, unit), *_in_units(value, unit),
+            UNIT=unit, HEAD=width, WIDE=tiles.wide, NARROW=tiles.narrow,
+            TOKENS=of_program, BLOCK=tiles.block, OPERAND=_operand(key.dtype), PRECISION="ieee",
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+    return partials.sum(0)
+
+
+def fused_apply(query: Tensor, mean_state: Tensor) -> Tensor:
+    """`formula.apply_state` in one pass: [B, heads, n, d], [B, heads, d, d+1] -> as `query`.
+
+    Any strides will do, and the result has those of `query` where they leave no gaps.
+    """
+    from engine.kernels import fused_triton
+
+    batch, heads, tokens, width = query.shape
+    assert mean_state.shape == (batch, heads, width, width + 1)
+    assert mean_state.dtype == torch.float32
+    tiles, pairs = tiles_of(width, query.dtype), batch * heads
+    out = torch.empty_like(query)
+    unit = _unit(query, out)
+    with torch.cuda.device_of(query):
+        fused_triton.apply[(-(-tokens // _TOKENS_OF_APPLY) * pairs,)](
+            query, mean_state.contiguous(), out, tokens, heads, pairs, NORMALISER_EPS,
+            *_in_units(query, unit), *_in_units(out, unit),
+            UNIT=unit, HEAD=width, WIDE=tiles.wide, NARROW=tiles.narrow, TOKENS=_TOKENS_OF_APPLY,
+            BLOCK=tiles.block, TF32=query.dtype != torch.float32,
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+    return out
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Of pictures, heads and tokens; where there is one only, its stride means nothing."""
+    pairs = zip(x.shape[:3], x.stride()[:3], strict=True)
+    return [stride if size > 1 else 0 for size, stride in pairs]
+
+
+def _unit(*tensors: Tensor) -> int:
+    """The power of two, 16 at most, that divides all strides but those within a head."""
+    return math.gcd(16, *(stride for x in tensors for stride in _strides(x)))
+
+
+def _in_units(x: Tensor, unit: int) -> list[int]:
+    """The strides of `x` as the kernels take them."""
+    return [*(stride // unit for stride in _strides(x)), x.stride(3)]
+
+
+def _operand(dtype: torch.dtype) -> object:
+    """What the state's products are of, in Triton's words.
+
+    The interpreter multiplies the bits of bf16 numbers, so there they become fp32, as exact.
+    """
+    import triton.language as tl
+
+    if dtype == torch.bfloat16 and is_interpreted():
+        return tl.float32
+    return getattr(tl, str(dtype).removeprefix("torch."))

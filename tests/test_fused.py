@@ -1,0 +1,92 @@
+"""The fused kernels: who gets them, who is refused, and their results, in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import linfusion
+from engine.bands import open_mesh
+from engine.config import Settings, UserError
+from engine.kernels import fused
+from engine.linfusion import FusedLinearAttention
+from engine.pipeline import Engine
+from tests.models import tiny_unet
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments, **environment):
+    """Its own process, on one thread, since the interpreter's matrices are small."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_the_kernels_in_tritons_interpreter():
+    if not fused.is_installed():
+        pytest.skip("needs Triton: pip install triton")
+    done = run("-m", "pytest", "tests/interpreted.py", "--durations=5", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout
+
+
+def test_the_engine_does_without_triton():
+    done = run(
+        "-c",
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, engine.pipeline\n"
+        "from engine.kernels import fused\n"
+        "assert not fused.is_available(torch.device('cuda'))\n"
+        "assert 'engine.kernels.fused_triton' not in sys.modules",
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(fused.is_interpreted(), reason="the interpreter computes on the CPU")
+def test_fused_kernels_on_the_cpu_are_refused_before_anything_is_loaded():
+    asked = Settings(model="no/such", device="cpu", kernels="fused")
+    with open_mesh() as mesh, pytest.raises(UserError, match="and this job computes on the CPU"):
+        Engine.load(asked, mesh)
+
+
+def test_a_gpu_without_triton_is_refused(monkeypatch):
+    monkeypatch.setattr(fused, "is_installed", lambda: False)
+    with pytest.raises(UserError, match="which is not installed: install the triton that"):
+        linfusion.require_kernels("fused", torch.device("cuda"))
+    linfusion.require_kernels("plain", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("idle", "value"), [("linfusion", "none"), ("dtype", "float64")])
+def test_where_no_fused_kernel_would_compute_they_are_refused(idle, value):
+    with pytest.raises(UserError, match=f"choose another {idle}, or leave kernels out"):
+        Settings.load(["--kernels", "fused", f"--{idle}", value])
+
+
+def test_kernels_do_not_determine_the_picture_but_for_rounding():
+    assert Settings(kernels="fused").provenance() == Settings().provenance()
+
+
+@pytest.mark.skipif(fused.is_interpreted(), reason="the interpreter computes on the CPU")
+@torch.no_grad()
+def test_on_the_cpu_the_fused_module_is_the_plain_one():
+    unet = tiny_unet(dtype=torch.float32)
+    module = next(a for _, a in linfusion.self_attentions(unet))
+    x = torch.randn(1, 70, 16)
+    expected = module(x)
+    linfusion.choose_kernels(unet, "fused")
+    assert type(module) is FusedLinearAttention
+    assert torch.equal(module(x), expected)
+
+
+def test_unknown_kernels_are_refused():
+    with pytest.raises(UserError, match="'fast': choose plain or fused"):
+        linfusion.choose_kernels(tiny_unet(), "fast")
