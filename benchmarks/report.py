@@ -52,6 +52,11 @@ RUNS = {
     "projection": Run(
         "Projection to many GPUs, not measured", "--px 4096 16384 --timed-px 4096 --repeats 2", ""
     ),
+    "scaling": Run(
+        "Scaling",
+        "--px 1024 --steps 4 --repeats 3 --modes guidance exact --no-weak",
+        "--ranks 8 --px 4096 --steps 8 --repeats 5",
+    ),
     "end_to_end": Run("A whole job", "--height 128 --width 192 --steps 8 --repeats 3", ""),
     "quality": Run(
         "Displaced mode",

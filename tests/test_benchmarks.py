@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 TINY = {
     "attention": "--tokens 64 256 --models SD-1.5 --memory-tokens 256 --repeats 1",
     "communication": "--ranks 2 --measured-px 128 --px 1024 --gpus 2 --simulated-gpus 8",
+    "scaling": "--px 128 --steps 2 --repeats 1 --modes exact --no-weak",
     "projection": "--px 1024 --timed-px 512 --gpus 2 --most-latents 256 --repeats 1",
     "end_to_end": "--ranks 1 --height 64 --width 64 --steps 2 --repeats 1",
 }
@@ -194,7 +195,7 @@ def test_what_the_report_asks_for_is_understood(name, monkeypatch):
         assert module.parse_arguments()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", list(TINY))
 def test_each_benchmark_ends_with_a_line_of_json(name, tmp_path):
     pytest.importorskip("matplotlib")
