@@ -110,9 +110,9 @@ def _serve(base: Given, mesh: Mesh, watch: Watch, told: Callable[[], bool]) -> t
 
     inbox, desk = Inbox(), _Desk(watch, told)
     if mesh.rank == 0:
-        threading.Thread(target=inbox.read, args=(sys.stdin,), daemon=True).start()
         desk.inbox = inbox
-        _tell("ready")
+        _tell("ready")  # before anything is said about what comes
+        threading.Thread(target=inbox.read, args=(sys.stdin,), daemon=True).start()
     painter = Painter(mesh, Control(desk.tell, desk.should_stop, desk.look))
     while not mesh.any(told()):
         watch.doing("waiting for a job")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the ranks of the tests meet over gloo
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait for a core would spin, for minutes
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
