@@ -82,6 +82,7 @@ def test_nights_are_dark_and_lakes_mirror_in_the_data() -> None:
 # -------------------------------------------------------------------------------------- training
 
 
+@pytest.mark.long
 def test_every_stage_of_training_runs(tmp_path: Path) -> None:
     """A few steps of everything, from rendering to a folder that diffusers loads and paints with;
     run again, it finds all done."""
