@@ -19,19 +19,17 @@ What happens is said on rank 0, in one sentence, and by the exit code of every r
 `torchrun` itself turns every code but 0 into 1; `python -m launch` keeps them.
 """
 
-import contextlib
-import io
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from engine.bands import Mesh, is_first_process
+from engine.bands import Mesh
 from engine.config import Settings, UserError
 from engine.exits import DONE, STOPPED
 from engine.jobs import Job, Row, read_job
 from engine.progress import DIALECTS, Progress, ending, silent
 from engine.provenance import read_config
-from engine.session import leave, quiet, run
+from engine.session import leave, quiet, run, said_once
 from engine.signals import note_signals
 from engine.watch import Watch
 
@@ -46,14 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     told = note_signals()
 
     def work(mesh: Mesh, watch: Watch) -> tuple[int, str]:
-        mesh.agree(lambda: _raise(mistake))
+        # As rank 0 has read it: a table that somebody is at may not be the same for all.
+        asked = mesh.gather_objects(job if mesh.rank == 0 else None)[0]
+        assert asked is not None
+        if asked.settings.mesh.image > 1 and not asked.many:
+            raise UserError(
+                "mesh.image: goes with many pictures, and this job is one; leave it out"
+            )
         # diffusers and transformers take seconds to import: a mistyped flag should not wait.
         quiet(mesh)
-        if job.settings.plan:
-            return DONE, _plan(job, mesh)
-        return (_paint_all if job.many else _paint)(job, mesh, watch, told)
+        if asked.settings.plan:
+            return DONE, _plan(asked, mesh)
+        return (_paint_all if asked.many else _paint)(asked, mesh, watch, told)
 
-    return run(job.settings.timeout_s, job.settings.stall_s, work)
+    return run(job.settings.timeout_s, job.settings.stall_s, work, mistake)
 
 
 def _plan(job: Job, mesh: Mesh) -> str:
@@ -67,10 +71,11 @@ def _plan(job: Job, mesh: Mesh) -> str:
             kinds.setdefault(mesh.agree(partial(planned, settings)), []).append(settings)
     texts = []
     for alike in kinds.values():
-        plan = plan_job(alike[0], team)
+        # Groups may be on hosts of which some have less: what one refuses, all do.
+        plan = mesh.agree(partial(plan_job, alike[0], team))
         if plan.refusal and mesh.rank == 0:
             print(plan, flush=True)
-        plan.check()
+        mesh.agree(plan.check)
         texts.append(f"{len(alike)} x\n{plan}" if job.many else str(plan))
     return "\n\n".join(texts)
 
@@ -79,8 +84,6 @@ def _paint(job: Job, mesh: Mesh, watch: Watch, told: Callable[[], bool]) -> tupl
     from engine.painter import Painter
 
     settings = job.settings
-    if settings.mesh.image > 1:
-        raise UserError("mesh.image: goes with many pictures, and this job is one; leave it out")
     painter = Painter(mesh, _control(settings, mesh.rank == 0, watch, told))
     outcome = painter.paint_or_raise(settings)
     return (STOPPED if outcome.word == "stopped" else DONE), outcome.said
@@ -122,19 +125,9 @@ def _control(settings: Settings, speaks: bool, watch: Watch, told: Callable[[], 
     return Control(tell, told)
 
 
-def _raise(mistake: UserError | None) -> None:
-    if mistake is not None:
-        raise mistake
-
-
 def _read_job(argv: Sequence[str] | None) -> tuple[Job, UserError | None]:
     """The job, or a default and what is wrong with it: all ranks meet before any says."""
-    quiet = (
-        contextlib.nullcontext()
-        if is_first_process()
-        else contextlib.redirect_stdout(io.StringIO())
-    )
-    with quiet:  # --help is printed once
+    with said_once():
         try:
             return read_job(argv, read_config), None
         except UserError as error:

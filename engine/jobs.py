@@ -42,7 +42,9 @@ from engine.tables import Values, is_ranges, parse_ranges, read_table
 
 FLAGS = {
     "pictures": Flag(
-        "FILE", "A table (.csv, .tsv or .jsonl) with a row for each of many pictures."
+        "FILE",
+        "A table (.csv, .tsv or .jsonl) with a row for each of many pictures, or what a file would "
+        "say of them: '{seed: 1-9}'.",
     ),
     "only": Flag("ROWS", "Which of many pictures to paint, by their numbers: 3,7-9."),
 }
@@ -253,13 +255,21 @@ def _refuse_same_output(rows: Iterable[Row]) -> None:
     for row in rows:
         if isinstance(row.settings, UserError):
             continue
-        path = row.settings.output.absolute()
-        for file in {path, path.with_suffix(".dzi") if row.settings.file.view else path}:
+        for file in _files_of(row.settings):
             if (other := seen.setdefault(file, row.index)) != row.index:
                 raise UserError(
                     f"output: pictures {other} and {row.index} would both be {file.name}; name "
                     "them apart, such as outputs/{index:04d}.png"
                 )
+
+
+def _files_of(settings: Settings) -> Iterator[Path]:
+    """What is written for a picture, that no other one may be written over."""
+    yield settings.output.absolute()
+    if settings.file.view:
+        yield settings.output.with_suffix(".dzi").absolute()
+    if settings.checkpoint.folder is not None:  # in which names alone tell pictures apart
+        yield settings.checkpoint.folder.absolute() / f"the checkpoint of {settings.output.name}"
 
 
 def _chosen(rows: Sequence[Row], only: str | None) -> Iterator[Row]:

@@ -109,7 +109,10 @@ class Engine:
         model, is_first = Description.of(pipe), mesh.rank == 0
         files = mesh.agree(lambda: weights_of(settings, model) if settings and is_first else {})
         self._hashes = provenance.Hashes(files)
-        self._plans = {} if plan is None or settings is None else {planned(settings): plan}
+        self._plans: dict[Settings, Plan] = {}
+        if settings is not None and plan is not None:
+            kind = mesh.agree(lambda: planned(settings))
+            self._plans = {settings: plan, kind: plan}
         self._exchange = exchange
         layout = distribute(pipe, mesh, groups=groups, exchange=exchange)
         self._layouts = {groups: layout}
@@ -339,13 +342,20 @@ class Engine:
         return codec.choose(settings.codec, self._planned(settings).codecs[rung])
 
     def _planned(self, settings: Settings) -> Plan:
-        """The plan for pictures like this one, made when first asked for. Every rank asks."""
-        if (job := planned(settings)) not in self._plans:
-            model = Description.of(self.pipe)
-            plan = make_plan(settings, self.mesh, model, loaded=True, timed=False)
-            plan.check()
-            self._plans[job] = plan
-        return self._plans[job]
+        """The plan for pictures like this one, made when first asked for. Every rank asks.
+
+        Kept for these very settings too: while it is painted, nothing depends on whether the
+        picture that it is made from is still there, which ranks may see differently.
+        """
+        if settings not in self._plans:
+            kind = self.mesh.agree(lambda: planned(settings))
+            if kind not in self._plans:
+                model = Description.of(self.pipe)
+                plan = make_plan(settings, self.mesh, model, loaded=True, timed=False)
+                plan.check()
+                self._plans[kind] = plan
+            self._plans[settings] = self._plans[kind]
+        return self._plans[settings]
 
     def _codecs_used(self, settings: Settings) -> list[str]:
         """What the codec of each rung comes to, if it is "auto". Every rank asks.

@@ -1,5 +1,6 @@
 """What every command on several ranks has around its work: a mesh, a watch, one voice, one code.
 
+    with said_once(): ...                      reading the command line, which may print help
     code = run(timeout_s, stall_s, work)       work(mesh, watch) -> (exit code, what to say)
     leave(code)
 
@@ -8,15 +9,16 @@ every rank with the code of a failure; where a rank is gone, one of the others s
 """
 
 import contextlib
+import io
 import logging
 import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from engine.bands import Mesh, open_mesh
+from engine.bands import Mesh, is_first_process, open_mesh
 from engine.config import UserError
 from engine.exits import FAILED, MISTAKEN
 from engine.watch import LostRank, Watch, watching
@@ -28,10 +30,28 @@ class _Failed(Exception):
     """Said already. It leaves the mesh as it is: with a rank gone, taking leave could wait."""
 
 
-def run(timeout_s: float, stall_s: float, work: Work) -> int:
-    """Do `work` on this rank; returns the exit code."""
+@contextlib.contextmanager
+def said_once() -> Iterator[None]:
+    """What is printed inside, before the ranks know of each other, is printed by the first one."""
+    with contextlib.ExitStack() as stack:
+        if not is_first_process():
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        yield
+
+
+def run(timeout_s: float, stall_s: float, work: Work, mistake: UserError | None = None) -> int:
+    """Do `work` on this rank, unless some rank has a mistake; returns the exit code.
+
+    Args:
+        mistake: what is wrong with this rank's command line. All ranks meet before any says so.
+    """
+
+    def checked(mesh: Mesh, watch: Watch) -> tuple[int, str]:
+        mesh.agree(lambda: _raise(mistake))
+        return work(mesh, watch)
+
     try:
-        return _run(timeout_s, stall_s, work)
+        return _run(timeout_s, stall_s, checked)
     except _Failed:
         return FAILED
 
@@ -82,6 +102,11 @@ def _attempt(work: Work, mesh: Mesh, watch: Watch) -> tuple[int, str]:
         return work(mesh, watch)
     except UserError as mistake:  # the same on every rank
         return MISTAKEN, str(mistake)
+
+
+def _raise(mistake: UserError | None) -> None:
+    if mistake is not None:
+        raise mistake
 
 
 def _say_failure(mesh: Mesh, error: Exception) -> None:

@@ -18,7 +18,6 @@ the worker with 2. At the end of stdin it paints what it was given and ends with
 """
 
 import contextlib
-import io
 import json
 import sys
 import threading
@@ -30,15 +29,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
-from engine.bands import Mesh, is_first_process
+from engine.bands import Mesh
 from engine.config import Settings, UserError
 from engine.exits import DONE, STOPPED
 from engine.jobs import JOB_WIDE
 from engine.parsing import Given, flat, gather, judge, nested
 from engine.progress import Progress
-from engine.session import leave, quiet, run
+from engine.session import leave, quiet, run, said_once
 from engine.signals import note_signals
 from engine.watch import Watch
 
@@ -95,12 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     told = note_signals()
 
     def work(mesh: Mesh, watch: Watch) -> tuple[int, str]:
-        mesh.agree(lambda: _raise(mistake))
         quiet(mesh)
         return _serve(base, mesh, watch, told)
 
     settings = Settings() if mistake else judge(Settings, base.values, base)
-    return run(settings.timeout_s, settings.stall_s, work)
+    return run(settings.timeout_s, settings.stall_s, work, mistake)
 
 
 def _serve(base: Given, mesh: Mesh, watch: Watch, told: Callable[[], bool]) -> tuple[int, str]:
@@ -180,14 +179,17 @@ class _Desk:
         return self._told() or (self.inbox is not None and self._id in self.inbox.cancelled)
 
     def look(self, glimpse: Callable[[], np.ndarray]) -> None:
-        """Show the picture in the making now and then. A full disk is no reason to end it."""
+        """Show the picture in the making now and then.
+
+        No room for that, on the disk or on the GPU, is no reason to end it.
+        """
         if self.inbox is None or self._preview is None:
             return
         if time.monotonic() < self._shown + _PREVIEW_S:
             return
         self._shown = time.monotonic()
         part = self._preview.with_name(f".{self._preview.name}.part")
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, torch.OutOfMemoryError):
             Image.fromarray(glimpse()).save(part, "JPEG", quality=85)
             part.replace(self._preview)
 
@@ -196,16 +198,9 @@ def _tell(event: str, **facts: Any) -> None:
     print(json.dumps({"event": event, **facts}), flush=True)
 
 
-def _raise(mistake: UserError | None) -> None:
-    if mistake is not None:
-        raise mistake
-
-
 def _read_base(argv: Sequence[str] | None) -> tuple[Given, UserError | None]:
     """The base settings, judged once by themselves, and what is wrong with them."""
-    nothing = contextlib.nullcontext()
-    hidden = contextlib.redirect_stdout(io.StringIO())
-    with nothing if is_first_process() else hidden:  # --help is printed once
+    with said_once():
         try:
             given = gather(Settings, argv, prog="python -m engine.worker")
             given = Given(given.flags, given.over(given.values), given.file, {})

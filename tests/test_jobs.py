@@ -152,6 +152,14 @@ MISTAKES = [
         {"pictures": [{"o": ["a.png", "a.tif"], "file": {"view": True}}], "output": "{o}"},
         "output: pictures 1 and 2 would both be a.dzi",
     ),
+    (
+        {
+            "pictures": [{"o": ["a/1.png", "b/1.png"]}],
+            "output": "{o}",
+            "checkpoint": {"folder": "kept"},
+        },
+        "output: pictures 1 and 2 would both be the checkpoint of 1.png",
+    ),
     ({"pictures": 7}, "pictures: not a list of settings"),
     ({"pictures": []}, "pictures: there are none"),
     ({"pictures": [{"seed": []}]}, "seed: an empty list makes no pictures"),
