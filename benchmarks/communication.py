@@ -7,7 +7,8 @@ All figures are of what *one rank sends* in one call of the UNet, batch 1; a ran
 receives as much. MB are 10^6 bytes. With N ranks, and rows of W latent pixels at a level:
 
     linear attention   2 (N-1)/N x (heads d (d+1) + 1) numbers, of fp32, by a ring all-reduce
-    convolution        a row of C x W to each neighbour, as many as the kernel reaches into
+    convolution        a row of C x W to each neighbour, as many as the kernel reaches into; in a
+                       residual block in one round with the sums of the norm before it
     group norm         2 (N-1)/N x 3 numbers of fp64 a group
     softmax attention  (N-1) x keys and values of the rank's own tokens, and its count
     output             (N-1) x the rank's own rows of the prediction, so that all have the whole
@@ -80,11 +81,18 @@ def parse_arguments() -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that looks beyond its own rows, and how often the picture was halved before it."""
+    """A layer that looks beyond its own rows, and how often the picture was halved before it.
+
+    Attributes:
+        is_up: convolves what is doubled; we send rows before they are.
+        shares_round: its rows travel with the sums of the norm before it.
+    """
 
     module: nn.Module
     level: int
     is_first: bool
+    is_up: bool
+    shares_round: bool
 
 
 @dataclass(frozen=True)
@@ -119,16 +127,22 @@ def layers_of(unet: UNet2DConditionModel) -> Iterator[Layer]:
     for name, module in unet.named_modules():
         is_pointwise = isinstance(module, BandConv2d) and module.halo_rows() == (0, 0)
         if isinstance(module, kinds) and not is_pointwise:
-            yield Layer(module, level_of(name, len(unet.down_blocks)), name == "conv_in")
+            yield Layer(
+                module,
+                level_of(name, len(unet.down_blocks)),
+                is_first=name == "conv_in",
+                is_up="upsamplers" in name,
+                shares_round="resnets" in name and isinstance(module, BandConv2d),
+            )
 
 
 def level_of(name: str, levels: int) -> int:
-    """Of a module by its name in diffusers; up-samplers convolve what they have enlarged."""
+    """Of what a module is given, by its name in diffusers."""
     match name.split("."):
         case ["down_blocks", index, *_]:
             return int(index)
-        case ["up_blocks", index, *rest]:
-            return levels - 1 - int(index) - int("upsamplers" in rest)
+        case ["up_blocks", index, *_]:
+            return levels - 1 - int(index)
         case ["mid_block", *_]:
             return levels - 1
     return 0
@@ -142,7 +156,7 @@ def formula(unet: UNet2DConditionModel, job: Job) -> tuple[Counter[str], Counter
     for layer in layers_of(unet):
         kind = layer.module.traffic_kind
         sent[kind] += job.batch * _bytes_of(layer, job, max(map(len, bands)))
-        rounds[kind] += 2 if kind == "softmax attention" else 1
+        rounds[kind] += 2 if kind == "softmax attention" else int(not layer.shares_round)
     prediction = 4 * max(map(len, bands)) * job.width * job.element_bytes
     sent[OUTPUT] += (job.ranks - 1) * job.batch * prediction
     rounds[OUTPUT] += 1
@@ -182,7 +196,8 @@ def published(unet: UNet2DConditionModel, job: Job, linear: bool) -> float:
         module, width = layer.module, -(-job.width // 2**layer.level)
         match module:
             case BandConv2d() if not layer.is_first:  # which every rank does on the whole sample
-                sent += others * 2 * module.padding[0] * module.in_channels * width * 2
+                columns = width * (2 if layer.is_up else 1)
+                sent += others * 2 * module.padding[0] * module.in_channels * columns * 2
             case BandGroupNorm():
                 sent += others * 2 * module.num_groups * 2
             case LinearAttention() if linear:

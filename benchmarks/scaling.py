@@ -77,11 +77,17 @@ class Timed(Exchange):
         super().__init__(mesh, traffic, *args, **kwargs)
         self.seconds = Counter()
 
-    def halo(self, layer: object, x: Tensor, above: int, below: int) -> Halo:
-        return self._timed(layer, lambda: super(Timed, self).halo(layer, x, above, below))
+    def halo_later(
+        self, layer: object, x: Tensor, above: int, below: int, shared: bool = False
+    ) -> Callable[[], Halo]:
+        later = self._timed(
+            layer, lambda: super(Timed, self).halo_later(layer, x, above, below, shared)
+        )
+        return lambda: self._timed(layer, later)
 
-    def sum(self, layer: object, x: Tensor) -> Tensor:
-        return self._timed(layer, lambda: super(Timed, self).sum(layer, x))
+    def sum_later(self, layer: object, x: Tensor) -> Callable[[], Tensor]:
+        later = self._timed(layer, lambda: super(Timed, self).sum_later(layer, x))
+        return lambda: self._timed(layer, later)
 
     def gather(self, layer: object, x: Tensor, dim: int) -> Tensor:
         return self._timed(layer, lambda: super(Timed, self).gather(layer, x, dim))
@@ -172,7 +178,7 @@ def measure_mode(
     for kind, height in kinds.items():
         pairs, shares = [], {}
         for repeat in range(options.repeats + 1):
-            one = settings_of(mode, options, options.px, folder / "one.png")
+            one = settings_of("exact", options, options.px, folder / "one.png")
             mesh.barrier()
             first = alone.paint(one) if alone else {}
             mesh.barrier()

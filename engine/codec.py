@@ -31,13 +31,11 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.bands import Mesh, banded, fetch_rows, scale_rows
 from engine.bands.boundary import Layout, downsampling_factor
-from engine.bands.layers import BandResnetBlock2D
 from engine.bands.measure import Passage
 from engine.bands.resize import resize as resize_bands
 from engine.bands.rows import halo_rows
@@ -326,9 +324,6 @@ def _stream_layers(vae: AutoencoderKL) -> Iterator[None]:
     classes = {module: type(module) for module in vae.modules()}
     try:
         band_layers(vae)
-        for module in vae.modules():
-            if type(module) is ResnetBlock2D:
-                module.__class__ = BandResnetBlock2D
         _refuse_hooks(vae, classes)
         yield
     finally:
@@ -380,12 +375,13 @@ def decoder_margin(vae: AutoencoderKL) -> int:
     """Latent rows above and below a row of the latent that reach into the pixels decoded from it.
 
     From the pixels back to the latent: each convolution reaches its halo further, and before each
-    doubling of rows half as many rows, rounded up, were as much.
+    doubling of rows half as many rows, rounded up, were as much. A doubling and its convolution
+    are one (`BandUpsample2D`), which reaches a row of what is not doubled yet.
     """
     rows = _reach(vae.decoder.conv_out)
     for block in reversed(vae.decoder.up_blocks):
         if block.upsamplers is not None:
-            rows = -(-(rows + _reach(block.upsamplers)) // 2)
+            rows = -(-rows // 2) + _reach(block.upsamplers)
         rows += _reach(block.resnets)
     return rows + _reach(vae.decoder.mid_block) + _reach(vae.decoder.conv_in)
 

@@ -8,7 +8,8 @@ phi(x) = elu(x) + 1 and lets the sums swap places:
 
 S is d x d and z is d long for each head, whatever the size of the picture. When the picture lies
 in bands on several ranks, each rank sums phi(k)^T [v, 1] over its own tokens, and one all-reduce of
-that small matrix (`sum_over_bands`) is all that the ranks ever exchange for self-attention.
+that small matrix (`mean_over_bands`) is all that the ranks ever exchange for self-attention, and
+it travels while they compute their queries.
 
 The checkpoint layout is the published one (`Yuanshi/LinFusion-1-5`, `-2-1`, `-XL`): `config.json`
 with a `modules_list`, and the tensors `0.to_q.weight`, `0.to_q_.0.weight`, ... in list order.
@@ -16,7 +17,7 @@ with a `modules_list`, and the tensors `0.to_q.weight`, `0.to_q_.0.weight`, ... 
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +28,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from engine.bands import sum_over_bands
+from engine.bands import mean_over_bands
 from engine.config import UserError
 from engine.kernels import fused, streamed
 from engine.kernels.formula import apply_state, attention_state
@@ -85,12 +86,12 @@ class LinearAttention(Attention):  # type: ignore[misc]
         assert attention_mask is None, "linear attention has no pairwise scores to mask"
         return self.attend(hidden_states, self.mean_state([hidden_states]))
 
-    def mean_state(self, tokens: Iterable[Tensor]) -> Tensor:
-        """[S, z] over all bands' tokens, of which this band's come in chunks [B, n, C]."""
-        state, count = self._state(tokens)
-        with _no_autocast(state.device):
-            state, total = sum_over_bands(self, state, count)
-            return state / total
+    def mean_state(self, tokens: Iterable[Tensor]) -> Callable[[], Tensor]:
+        """[S, z] over all bands' tokens, of which this band's come in chunks [B, n, C].
+
+        On its way when this returns; the function returned waits for it.
+        """
+        return mean_over_bands(self, *self._state(tokens))
 
     def _state(self, tokens: Iterable[Tensor]) -> tuple[Tensor, int]:
         """This band's state, unnormalised, and how many tokens it is of."""
@@ -105,13 +106,16 @@ class LinearAttention(Attention):  # type: ignore[misc]
             count += chunk.shape[1]
         return sum(states[1:], start=states[0]), count
 
-    def attend(self, tokens: Tensor, mean_state: Tensor) -> Tensor:
-        """[B, n, C] -> [B, n, C]: what these tokens, all or some, read from the state."""
+    def attend(self, tokens: Tensor, mean_state: Callable[[], Tensor]) -> Tensor:
+        """[B, n, C] -> [B, n, C]: what these tokens, all or some, read from the state.
+
+        The state is waited for once the queries are there.
+        """
         if self._can_stream():
             return streamed.attend(self, tokens, mean_state)
         query = self._split_heads(self.to_q(tokens + self.to_q_(tokens)))
         with _no_autocast(tokens.device):
-            mixed = self._read(query, mean_state)
+            mixed = self._read(query, mean_state())
         return self.to_out[0](mixed.transpose(1, 2).flatten(2))
 
     def _can_stream(self) -> bool:

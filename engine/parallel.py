@@ -27,6 +27,7 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import (
     CrossAttnDownBlock2D,
     CrossAttnUpBlock2D,
@@ -35,6 +36,7 @@ from diffusers.models.unets.unet_2d_blocks import (
     UNetMidBlock2DCrossAttn,
     UpBlock2D,
 )
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from engine.bands import ExactExchange, Exchange, Mesh, Traffic, functions, join_mesh
@@ -54,8 +56,10 @@ from engine.bands.layers import (
     BandDownsample2D,
     BandGroupNorm,
     BandSelfAttention,
+    BandUpsample2D,
     require_plain_processor,
 )
+from engine.bands.resnet import BandResnetBlock2D, is_usual
 from engine.config import UserError
 
 # Only these very classes are swapped: a subclass may compute something else in its own forward.
@@ -63,6 +67,8 @@ _BANDED_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: BandConv2d,
     nn.GroupNorm: BandGroupNorm,
     Downsample2D: BandDownsample2D,
+    ResnetBlock2D: BandResnetBlock2D,
+    Upsample2D: BandUpsample2D,
 }
 # The blocks of Stable Diffusion, whose every operation is known; others pool, say, or resize.
 # `engine.memory` puts subclasses in their places, which compute the same.
@@ -115,6 +121,8 @@ def distribute(
     with torch.inference_mode(False):  # sharded weights (`engine.memory`) would not move under it
         pipe.to(mesh.device)
     layout = share_out(mesh, groups, exchange, check_drift)
+    for network, _ in _networks(pipe):
+        fold_upsampling(network)
     if mesh.size > 1:
         vae_layout = share_out(mesh, 1, ExactExchange, check_drift, layout.traffic)
         mesh.agree(lambda: _swap_classes(pipe, layout, vae_layout))
@@ -163,12 +171,11 @@ def collect(pipe: DiffusionPipeline) -> None:
         pipe.layout.close()
     without_boundary(pipe)
     for network, _ in _networks(pipe):
-        if not isinstance(network, Boundary):
-            continue
+        is_banded = isinstance(network, Boundary)
         without_boundary(network)
         for module in network.modules():
-            if plain := _PLAIN_LAYERS.get(type(module)):
-                module.__class__ = plain
+            if type(module) is BandUpsample2D or (is_banded and type(module) in _PLAIN_LAYERS):
+                module.__class__ = _PLAIN_LAYERS[type(module)]
 
 
 def _networks(pipe: DiffusionPipeline) -> Iterator[tuple[nn.Module, type[Boundary]]]:
@@ -187,10 +194,19 @@ def band_layers(network: nn.Module) -> None:
     """Swap the class of each layer that looks beyond its own rows; see `engine.bands.layers`."""
     _require_plain_processors(network)
     for module in network.modules():
+        if type(module) is ResnetBlock2D and not is_usual(module):
+            continue  # its norms and convolutions are banded, one by one
         if banded_class := _BANDED_LAYERS.get(type(module)):
             module.__class__ = banded_class
         elif type(module) is Attention and not module.is_cross_attention:
             module.__class__ = BandSelfAttention
+
+
+def fold_upsampling(network: nn.Module) -> None:
+    """Let `network` double its pictures by phases, also on one rank: the same in less time."""
+    for module in network.modules():
+        if type(module) is Upsample2D:
+            module.__class__ = BandUpsample2D
 
 
 def _require_plain_convolutions(network: nn.Module) -> None:

@@ -17,8 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 from engine import bands
 from engine.bands import current_exchange
+from engine.kernels import convolution
 
-_BANDS = str(Path(bands.__file__).parent)
+# Nothing but `engine.bands` calls the latter.
+_BANDS = (str(Path(bands.__file__).parent), str(Path(convolution.__file__)))
 _TORCH = str(Path(torch.__file__).parent)
 
 

@@ -19,7 +19,7 @@ FLOORS = {
     "engine.saving": 3,
     "engine.inspect": 4,
     "engine.progress": 2,
-    "engine.kernels": 2,
+    "engine.kernels": 1,
     "engine.linfusion": 3,
     "engine.parallel": 3,
     "engine.simulation": 3,

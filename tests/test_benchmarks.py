@@ -116,7 +116,7 @@ def test_a_deviation_is_the_worst_kind_of_layer():
 @pytest.mark.parametrize(
     ("name", "level"),
     [("conv_in", 0), ("down_blocks.1.resnets.0.conv1", 1), ("mid_block.resnets.0.norm1", 2),
-     ("up_blocks.0.resnets.0.conv1", 2), ("up_blocks.0.upsamplers.0.conv", 1), ("conv_out", 0)],
+     ("up_blocks.0.resnets.0.conv1", 2), ("up_blocks.0.upsamplers.0.conv", 2), ("conv_out", 0)],
 )  # fmt: skip
 def test_levels_of_layers(name, level):
     assert communication.level_of(name, levels=3) == level

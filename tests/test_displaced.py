@@ -12,7 +12,6 @@ from torch import nn
 import engine
 from engine.bands import DisplacedExchange, ExactExchange, Mesh, Traffic, banded, split_rows
 from engine.bands.boundary import Layout, UNetBoundary, with_boundary
-from engine.bands.layers import BandConv2d, BandGroupNorm
 from engine.config import UserError
 from engine.linfusion import LinearAttention
 from engine.parallel import band_layers
@@ -295,19 +294,23 @@ def test_every_call_of_a_pipeline_warms_up_and_its_vae_is_exact(tmp_path):
 # --- costs ----------------------------------------------------------------------------------------
 
 
-def expected_buffer_bytes(unet, neighbours, bands, sums_kept):
+def expected_buffer_bytes(unet, exchange, neighbours, bands, sums_kept):
     """A list that fills, as the banded UNet runs, with what each of its layers should hold."""
     held = []
+    halo_later, statistics = exchange.halo_later, exchange.statistics
 
-    def convolution(layer, args):
-        (x,) = args
-        above, below = layer.halo_rows()
+    def convolution(layer, x, above, below, shared=False):
+        held.append(halo_bytes(x, above, below))
+        return halo_later(layer, x, above, below, shared)
+
+    def norm(layer, parts, groups):
+        held.append(2 * sums_kept * 3 * len(parts[0]) * groups * 8)
+        return statistics(layer, parts, groups)
+
+    def halo_bytes(x, above, below):
         received = above * ("above" in neighbours) + below * ("below" in neighbours)
         sent = below * ("above" in neighbours) + above * ("below" in neighbours)
-        held.append((received + sent) * x.shape[0] * x.shape[1] * x.shape[3] * x.element_size())
-
-    def norm(layer, args):
-        held.append(2 * sums_kept * 3 * args[0].shape[0] * layer.num_groups * 8)
+        return (received + sent) * x.shape[0] * x.shape[1] * x.shape[3] * x.element_size()
 
     def linear(layer, args):
         d = layer.to_q.out_features // layer.heads
@@ -318,12 +321,10 @@ def expected_buffer_bytes(unet, neighbours, bands, sums_kept):
         batch, tokens, channels = args[0].shape
         held.append(2 * bands * batch * tokens * channels * args[0].element_size())
 
-    kinds = {BandConv2d: convolution, BandGroupNorm: norm, LinearAttention: linear}
+    exchange.halo_later, exchange.statistics = convolution, norm
     for name, layer in unet.named_modules():
         if name.endswith("attn1"):
             layer.register_forward_pre_hook(linear if type(layer) is LinearAttention else softmax)
-        elif type(layer) in kinds:
-            layer.register_forward_pre_hook(kinds[type(layer)])
     return held
 
 
@@ -338,7 +339,8 @@ def costs(mesh, dtype, linear, extrapolate):
         unet(sample, 500, prompt)
         exchange.traffic.bytes_sent.clear()
         exchange.traffic.rounds.clear()
-        expected = expected_buffer_bytes(unet, neighbours, mesh.size, 2 if extrapolate else 1)
+        sums = 2 if extrapolate else 1
+        expected = expected_buffer_bytes(unet, exchange, neighbours, mesh.size, sums)
         unet(sample, 500, prompt)
         sent.append(dict(exchange.traffic.bytes_sent))
         rounds.append(dict(exchange.traffic.rounds))

@@ -447,7 +447,7 @@ def test_no_convolution_is_given_more_than_the_limit(monkeypatch):
     limit = largest // 5
     with ConvolutionSizes() as plain:
         call(unet, 32, 32)
-    monkeypatch.setattr("engine.bands.layers._MAX_ELEMENTS", limit)
+    monkeypatch.setattr("engine.kernels.convolution.MAX_ELEMENTS", limit)
     memory.apply(unet, MemoryOptions(row_chunks=8))
     with ConvolutionSizes() as lean:
         result = call(unet, 32, 32)
@@ -503,7 +503,7 @@ def test_a_convolution_beyond_the_limit_is_the_convolution(height, kernel, strid
     x = latent(height, 4, channels=2, batch=1)
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         expected = conv(x)
-        patch.setattr("engine.bands.layers._MAX_ELEMENTS", limit)
+        patch.setattr("engine.kernels.convolution.MAX_ELEMENTS", limit)
         conv.__class__ = BandConv2d
         torch.testing.assert_close(conv(x), expected)
 
@@ -515,7 +515,7 @@ def convolutions_beyond_the_limit(mesh):
     conv.__class__ = BandConv2d
     own = split_rows(21, mesh.size)[mesh.rank]
     with pytest.MonkeyPatch.context() as patch, banded(ExactExchange(mesh, Traffic())):
-        patch.setattr("engine.bands.layers._MAX_ELEMENTS", 200)
+        patch.setattr("engine.kernels.convolution.MAX_ELEMENTS", 200)
         with ConvolutionSizes() as sizes:
             result = conv(whole[:, :, own.start : own.stop])
     return error(result, expected[:, :, own.start : own.stop]), sizes.largest

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from engine.bands import banded, max_bands, scale_rows, split_rows
+from engine.bands.alone import Alone
 from engine.bands.layers import BandConv2d
 from engine.bands.rows import overlap, stack_rows
 from engine.config import UserError
@@ -31,20 +32,20 @@ def test_a_ragged_height_ends_in_a_short_band():
     assert scale_rows(range(32, 41), 8) == range(256, 328)
 
 
-class SlicingExchange:
+class SlicingExchange(Alone):
     """Stands in for the neighbours: takes the halo rows from the whole picture."""
 
     def __init__(self, whole, band):
         self.whole, self.band = whole, band
 
-    def halo(self, layer, x, above, below):
+    def halo_later(self, layer, x, above, below, shared=False):
         height = self.whole.shape[2]
         start, stop = self.band.start, self.band.stop
         over = None if start == 0 else self.whole[:, :, start - above : start]
         under = None if stop == height else self.whole[:, :, stop : stop + below]
         for rows, wanted in ((over, above), (under, below)):
             assert rows is None or rows.shape[2] == wanted, "a halo beyond the neighbour"
-        return over, under
+        return lambda: (over, under)
 
 
 @st.composite

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from engine.bands import banded, split_rows
-from engine.bands.layers import BandConv2d, BandDownsample2D, BandGroupNorm, BandResnetBlock2D
+from engine.bands.layers import BandConv2d, BandDownsample2D, BandGroupNorm, BandUpsample2D
 from engine.bands.measure import Correction, Rehearsal
+from engine.bands.resnet import BandResnetBlock2D
 from engine.bands.stream import Course, Frozen, Starved, Stream, run_stream, thin, thin_rows
 from tests.models import latent, randomise
 
@@ -22,6 +23,7 @@ BANDED = {
     nn.GroupNorm: BandGroupNorm,
     Downsample2D: BandDownsample2D,
     ResnetBlock2D: BandResnetBlock2D,
+    Upsample2D: BandUpsample2D,
 }
 # Networks, and how many rows go in and come out for each row of the latent.
 NETWORKS = {

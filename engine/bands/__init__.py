@@ -17,7 +17,7 @@ neighbours, a group norm three sums, linear attention one small matrix; nothing 
     measure.py   what a stream's layers are told of the whole picture, and where it comes from
 """
 
-from engine.bands.context import banded, current_exchange, sum_over_bands
+from engine.bands.context import banded, current_exchange, mean_over_bands
 from engine.bands.displaced import DisplacedExchange
 from engine.bands.exchange import ExactExchange, Exchange, Traffic, fetch_rows
 from engine.bands.mesh import Mesh, is_first_process, join_mesh, open_mesh
@@ -35,8 +35,8 @@ __all__ = [
     "is_first_process",
     "join_mesh",
     "max_bands",
+    "mean_over_bands",
     "open_mesh",
     "scale_rows",
     "split_rows",
-    "sum_over_bands",
 ]

@@ -17,21 +17,29 @@ states and skip, which diffusers would first copy into one (`torch.cat`, 960 cha
 they stay two, and only chunks of them are joined.
 
 Each is the plain layer up to rounding: statistics are the whole picture's, and halo rows between
-chunks are the true rows. Between bands they are exchanged once per convolution, as ever.
+chunks are the true rows. Between bands they are exchanged once per convolution, as ever, and with
+the sums of the norm before it (`engine.bands.resnet`).
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.bands.context import banded, current_exchange
-from engine.bands.layers import global_statistics, normalise
+from engine.bands.exchange import Exchange
+from engine.bands.layers import (
+    BandUpsample2D,
+    can_double,
+    global_statistics,
+    normalise,
+    plain_convolution,
+)
+from engine.bands.resnet import asks_ahead, convolve_normalised
 from engine.config import UserError
+from engine.kernels.convolution import convolve_doubled
 
 Rows = Callable[[int, int], Tensor]  # rows [start, stop) of a tensor that is never held whole
 
@@ -42,14 +50,18 @@ def split_evenly(length: int, chunks: int) -> list[range]:
     return [range(start, min(start + step, length)) for start in range(0, length, step)]
 
 
+Edges = tuple[Tensor | None, Tensor | None]  # the rows of the bands above and below
+
+
 def convolve(
-    conv: nn.Module, read: Rows, height: int, chunks: int
+    conv: nn.Module, read: Rows, height: int, chunks: int, edges: Edges | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield (rows, `conv` of these rows) of what `read` reads, a band `height` rows high.
 
     Args:
         conv: keeps the number of rows; a `Conv2d`, or a LoRA around one.
         read: never asked for rows that were yielded before, which may be overwritten meanwhile.
+        edges: of the other bands, where they are here already.
     """
     plain = plain_convolution(conv)
     if plain.padding_mode != "zeros":
@@ -58,7 +70,7 @@ def convolve(
             "padding_mode to 'zeros', or leave row_chunks out"
         )
     reach = int(plain.padding[0])  # rows that it looks up, and as many down
-    above, below = _neighbours(conv, read, height, reach)
+    above, below = edges or _edges(conv, read, height, reach)
     for rows in split_evenly(height, chunks):
         pieces = [read(rows.start, min(rows.stop + reach, height))]
         if above is not None:
@@ -73,22 +85,19 @@ def convolve(
         yield slice(rows.start, rows.stop), y[:, :, top : top + len(rows)]
 
 
-def plain_convolution(conv: Any) -> nn.Conv2d:
-    """The convolution itself where a LoRA is around it."""
-    return getattr(conv, "base_layer", conv)
-
-
-def _neighbours(
-    conv: nn.Module, read: Rows, height: int, reach: int
-) -> tuple[Tensor | None, Tensor | None]:
+def _edges(conv: nn.Module, read: Rows, height: int, reach: int) -> Edges:
     """The rows of the bands above and below: one round, as for a convolution of the whole band."""
     exchange = current_exchange()
     if exchange is None or reach == 0:
         return None, None
     if reach > 1:  # a dilated convolution's halo may come from rows anywhere in several bands
         return exchange.halo(plain_convolution(conv), read(0, height), reach, reach)
-    edges = torch.cat([read(0, 1), read(height - 1, height)], dim=2)
-    return exchange.halo(plain_convolution(conv), edges, 1, 1)
+    return exchange.halo(plain_convolution(conv), _outermost(read, height), 1, 1)
+
+
+def _outermost(read: Rows, height: int) -> Tensor:
+    """The first and the last row of a band, [B, C, 2, W]: all that its neighbours see of it."""
+    return torch.cat([read(0, 1), read(height - 1, height)], dim=2)
 
 
 class InplaceResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
@@ -96,13 +105,20 @@ class InplaceResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
 
     def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
         """[B, C, h, W] -> [B, C', h, W]"""
-        hidden = self.conv1(F.silu(self.norm1(input_tensor), inplace=True))
+        hidden = self._half(self.norm1, self.conv1, input_tensor)
         hidden = add_in_place(hidden, self._time_shift(temb))
-        hidden = self.conv2(F.silu(self.norm2(hidden), inplace=True))
+        hidden = self._half(self.norm2, self.conv2, hidden)
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
         hidden = add_in_place(hidden, input_tensor)
         return hidden if self.output_scale_factor == 1 else hidden.div_(self.output_scale_factor)
+
+    def _half(self, norm: nn.GroupNorm, conv: nn.Module, x: Tensor) -> Tensor:
+        """conv(silu(norm(x)))"""
+        exchange = current_exchange()
+        if exchange is None or not asks_ahead(exchange, norm, conv):
+            return conv(activate(norm(x)))
+        return convolve_normalised(exchange, norm, activate, conv, x)
 
     def _time_shift(self, temb: Tensor) -> Tensor:
         """[B, T] -> [B, C', 1, 1]. All blocks share temb, so it alone is not overwritten."""
@@ -127,9 +143,9 @@ class ChunkedResnetBlock2D(InplaceResnetBlock2D):
 
     def _first_half(self, parts: list[Tensor], shift: Tensor) -> Tensor:
         """conv1(silu(norm1(x))) + shift"""
-        read, height = _activated(self.norm1, parts), parts[0].shape[2]
-        out: Tensor | None = None
-        for rows, y in convolve(self.conv1, read, height, self.row_chunks):
+        read, edges = _activated(self.norm1, self.conv1, parts)
+        height, out = parts[0].shape[2], None
+        for rows, y in convolve(self.conv1, read, height, self.row_chunks, edges):
             out = _room(y, height) if out is None else out
             torch.add(y, shift, out=out[:, :, rows])
         assert out is not None
@@ -137,10 +153,10 @@ class ChunkedResnetBlock2D(InplaceResnetBlock2D):
 
     def _second_half(self, hidden: Tensor, parts: list[Tensor]) -> Tensor:
         """(conv2(silu(norm2(hidden))) + shortcut(x)) / scale, written over `hidden`."""
-        read, height = _activated(self.norm2, [hidden]), hidden.shape[2]
+        read, edges = _activated(self.norm2, self.conv2, [hidden])
         dtype = torch.promote_types(hidden.dtype, parts[0].dtype)  # they differ under autocast
         out = hidden if hidden.dtype == dtype else torch.empty_like(hidden, dtype=dtype)
-        for rows, y in convolve(self.conv2, read, height, self.row_chunks):
+        for rows, y in convolve(self.conv2, read, hidden.shape[2], self.row_chunks, edges):
             total = y + self._shortcut(_join(parts, rows.start, rows.stop))
             out[:, :, rows] = total.div_(self.output_scale_factor)
         return out
@@ -157,15 +173,39 @@ def add_in_place(x: Tensor, y: Tensor) -> Tensor:
     return x.add_(y) if torch.promote_types(x.dtype, y.dtype) == x.dtype else x + y
 
 
-def _activated(norm: nn.GroupNorm, parts: list[Tensor]) -> Rows:
-    """silu(norm(x)) of the parts' channels one after the other."""
-    mean, variance = global_statistics(norm, current_exchange(), parts)
+def activate(x: Tensor) -> Tensor:
+    """SiLU, in place."""
+    return F.silu(x, inplace=True)
+
+
+def _activated(
+    norm: nn.GroupNorm, conv: nn.Module, parts: list[Tensor]
+) -> tuple[Rows, Edges | None]:
+    """silu(norm(x)) of the parts' channels one after the other, on its way to `conv`.
+
+    Returns:
+        What reads its rows, and the other bands' where they came with the norm's sums.
+    """
+    exchange, halo = current_exchange(), None
+
+    def raw(start: int, stop: int) -> Tensor:
+        return _join(parts, start, stop)
+
+    if exchange is not None and asks_ahead(exchange, norm, conv):
+        outermost = _outermost(raw, parts[0].shape[2])
+        halo = exchange.halo_later(plain_convolution(conv), outermost, 1, 1, shared=True)
+    mean, variance = global_statistics(norm, exchange, parts)
+
+    def normalised(x: Tensor) -> Tensor:
+        return activate(normalise(norm, x, mean, variance))
 
     def read(start: int, stop: int) -> Tensor:
-        x = _join(parts, start, stop)
-        return F.silu(normalise(norm, x, mean, variance), inplace=True)
+        return normalised(raw(start, stop))
 
-    return read
+    if halo is None:
+        return read, None
+    over, under = (None if rows is None else normalised(rows) for rows in halo())
+    return read, (over, under)
 
 
 def _join(parts: list[Tensor], start: int, stop: int) -> Tensor:
@@ -178,7 +218,7 @@ def _room(chunk: Tensor, height: int) -> Tensor:
     return chunk.new_empty(*chunk.shape[:2], height, chunk.shape[3])
 
 
-class ChunkedUpsample2D(Upsample2D):  # type: ignore[misc]
+class ChunkedUpsample2D(BandUpsample2D):
     """Doubling and its convolution, in chunks of rows.
 
     Attributes:
@@ -197,7 +237,8 @@ class ChunkedUpsample2D(Upsample2D):  # type: ignore[misc]
         """[B, C, h, W] -> [B, C', 2h, 2W], or a row or a column less, as `output_size` says."""
         doubled = [2 * side for side in hidden_states.shape[-2:]]
         height, width = doubled if output_size is None else output_size
-        if doubled[0] - height not in (0, 1) or doubled[1] - width not in (0, 1):
+        is_doubling = doubled[0] - height in (0, 1) and doubled[1] - width in (0, 1)
+        if can_double(self) or not is_doubling:
             return super().forward(hidden_states, output_size)
 
         def read(start: int, stop: int) -> Tensor:
@@ -209,5 +250,28 @@ class ChunkedUpsample2D(Upsample2D):  # type: ignore[misc]
         for rows, y in convolve(self.conv, read, height, self.row_chunks):
             out = _room(y, height) if out is None else out
             out[:, :, rows] = y
+        assert out is not None
+        return out
+
+    def _double(self, exchange: Exchange, x: Tensor, size: tuple[int, int] | None) -> Tensor:
+        batch, channels, height, width = x.shape
+        outermost = torch.cat([x[:, :, :1], x[:, :, -1:]], dim=2)
+        edges = exchange.halo(self.conv, outermost, 1, 1)
+        above, below = (
+            x.new_zeros(batch, channels, 1, width) if rows is None else rows for rows in edges
+        )
+        all_rows, columns = size or (2 * height, 2 * width)
+        weight, bias, out = self.conv.weight, self.conv.bias, None
+        for rows in split_evenly(height, self.row_chunks):
+            pieces = [x[:, :, max(0, rows.start - 1) : rows.stop + 1]]
+            if rows.start == 0:
+                pieces.insert(0, above)
+            if rows.stop == height:
+                pieces.append(below)
+            stop = min(2 * rows.stop, all_rows)
+            shape = (stop - 2 * rows.start, columns)
+            y = convolve_doubled(torch.cat(pieces, dim=2), weight, bias, shape)
+            out = _room(y, all_rows) if out is None else out
+            out[:, :, 2 * rows.start : stop] = y
         assert out is not None
         return out

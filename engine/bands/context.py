@@ -5,9 +5,10 @@ layer inside finds it by `current_exchange()`. No layer has a field for it, so t
 saved, copied, given a LoRA, and run whole, all without taking anything off again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -32,19 +33,25 @@ def current_exchange() -> Exchange | None:
     return _exchange.get()
 
 
-def sum_over_bands(layer: object, state: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Sum a `state` and a `count` (of tokens, say) over all bands, in one all-reduce.
+def mean_over_bands(layer: object, sums: Tensor, count: int) -> Callable[[], Tensor]:
+    """`sums` over `count` things (tokens, say), both added up over all bands in one all-reduce.
 
     Uneven bands stay right, since what is added up is not yet divided by anything. In fp32 the
     count is exact to 2^24, the tokens of a 32768 x 32768 picture.
 
     Returns:
-        (state of the same shape, count as a scalar), unchanged outside of bands.
+        A function that waits for the mean, of the same shape, which is made once. The all-reduce
+        is on its way meanwhile.
     """
-    assert state.dtype in (torch.float32, torch.float64), "half precision cannot count tokens"
-    total = state.new_full((1,), count)
+    assert sums.dtype in (torch.float32, torch.float64), "half precision cannot count tokens"
     exchange = current_exchange()
     if exchange is None:
-        return state, total[0]
-    packed = exchange.sum(layer, torch.cat([state.flatten(), total]))
-    return packed[:-1].view_as(state), packed[-1]
+        return cache(lambda: sums / count)
+    packed = exchange.sum_later(layer, torch.cat([sums.flatten(), sums.new_full((1,), count)]))
+
+    @cache
+    def mean() -> Tensor:
+        total = packed()
+        return total[:-1].view_as(sums) / total[-1]
+
+    return mean

@@ -30,6 +30,7 @@ The first steps, which lay out the picture and differ most, are warm-up: each si
 exact mode. A picture of S steps with W of them costs W exact steps and S - W displaced ones.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -111,20 +112,27 @@ class DisplacedExchange(Exchange):
         self._memory = _Memory()
         self._sample: tuple[object, ...] = ()
 
-    def halo(self, layer: object, x: Tensor, above: int, below: int) -> Halo:
+    def halo_later(
+        self, layer: object, x: Tensor, above: int, below: int, shared: bool = False
+    ) -> Callable[[], Halo]:
         if max(above, below) > 1:  # reaches over any number of bands, and is waited for
-            return self.wide_halo(layer, x, above, below)
-        fresh = send_halo(self.mesh, self.traffic, layer, x, above, below)
-        return self._displace(layer, fresh)[0].wait()
+            halo = self.wide_halo(layer, x, above, below)
+            return lambda: halo
+        fresh = send_halo(self.mesh, self.traffic, layer, x, above, below, shared)
+        return self._displace(layer, fresh)[0].wait
 
-    def sum(self, layer: object, x: Tensor) -> Tensor:
+    def sum_later(self, layer: object, x: Tensor) -> Callable[[], Tensor]:
         fresh = send_sum(self.mesh, self.traffic, layer, x)
         used = self._displace(layer, fresh, forwards=2 if self.extrapolate else 1)
         if used[0] is fresh:
-            return fresh.wait()
-        # The difference is off by eps * total, which matters only where the own share shrinks by
-        # orders of magnitude in one step; the other ranks, still with the old one, are off by more.
-        return x + _continue([transfer.wait() - transfer.own[0] for transfer in used])
+            return fresh.wait
+
+        def total() -> Tensor:
+            # The difference is off by eps * total, which matters only where the own share shrinks
+            # by orders of magnitude in one step; other ranks, with the old one, are off by more.
+            return x + _continue([transfer.wait() - transfer.own[0] for transfer in used])
+
+        return total
 
     def gather(self, layer: object, x: Tensor, dim: int) -> Tensor:
         lengths = self.lengths(layer, x.shape[dim])

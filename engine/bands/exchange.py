@@ -2,7 +2,8 @@
 
 A synchronisation mode is one class with three methods: halo rows from the neighbours, a sum over
 all bands, and all bands' tokens. Every method is told the `layer` that asks: it labels the count of
-bytes, and a mode that remembers can remember per layer.
+bytes, and a mode that remembers can remember per layer. Rows and sums may be set off first and
+waited for later (`halo_later`, `sum_later`), so that a layer computes what it can meanwhile.
 
 What travels is the same in all modes, and is set off by `send_halo`, `send_sum` and `send_parts`,
 each of which returns a `Transfer` at once. The modes differ in when they wait for it:
@@ -39,11 +40,12 @@ class Traffic:
     bytes_sent: Counter[str] = field(default_factory=Counter)
     rounds: Counter[str] = field(default_factory=Counter)
 
-    def count(self, layer: object, sent: float) -> None:
-        """Add one round of `layer` in which this rank sent that many bytes."""
+    def count(self, layer: object, sent: float, rounds: int = 1) -> None:
+        """Add one round of `layer` (none, if it shares another's) with that many bytes sent."""
         kind = _kind(layer)
         self.bytes_sent[kind] += round(sent)
-        self.rounds[kind] += 1
+        if rounds:
+            self.rounds[kind] += rounds
 
     @property
     def megabytes(self) -> float:
@@ -57,7 +59,14 @@ def _kind(layer: object) -> str:
 
 
 class Exchange(ABC):
-    """What a layer may ask of the other bands."""
+    """What a layer may ask of the other bands.
+
+    Attributes:
+        halo_ahead: a layer may ask for its neighbours' rows before it has normalised its own, since
+            theirs are normalised like its own when they come.
+    """
+
+    halo_ahead = True
 
     def __init__(self, mesh: Mesh, traffic: Traffic) -> None:
         assert mesh.size > 1, "a single rank has nobody to exchange with"
@@ -74,13 +83,33 @@ class Exchange(ABC):
         """This band ends at the lower edge of the picture."""
         return self.mesh.rank == self.mesh.size - 1
 
-    @abstractmethod
     def halo(self, layer: object, x: Tensor, above: int, below: int) -> Halo:
         """The rows next to `x` [B, C, h, W]: `above` rows over it, `below` rows under it.
 
         Every rank asks for the same numbers. None stands at the picture's edges, or for no rows;
         rows that would lie beyond an edge that is not this band's own are zeros.
         """
+        return self.halo_later(layer, x, above, below)()
+
+    @abstractmethod
+    def halo_later(
+        self, layer: object, x: Tensor, above: int, below: int, shared: bool = False
+    ) -> Callable[[], Halo]:
+        """`halo`, set off; the function returned waits for it. `x` may change in between.
+
+        Args:
+            shared: another round follows at once, and both travel together: counted as one.
+        """
+
+    def between(self, layer: object, x: Tensor, halo: tuple[int, int], edge: int) -> Tensor:
+        """`x` [B, C, h, W] between its neighbours' rows, `halo` of them (above, below).
+
+        Args:
+            edge: rows of zeros in their place where the picture ends.
+        """
+        over, under = self.halo(layer, x, *halo)
+        zeros = x.new_zeros(*x.shape[:2], edge, x.shape[3])
+        return torch.cat([zeros if over is None else over, x, zeros if under is None else under], 2)
 
     def wide_halo(self, layer: object, x: Tensor, above: int, below: int) -> Halo:
         """`halo` for any number of rows, from as many bands as they reach into; waited for."""
@@ -97,9 +126,13 @@ class Exchange(ABC):
             None if self.is_bottom else F.pad(under, (0, 0, 0, below - under.shape[2])),
         )
 
-    @abstractmethod
     def sum(self, layer: object, x: Tensor) -> Tensor:
         """The sum over all bands of `x`, which has the same shape on each of them."""
+        return self.sum_later(layer, x)()
+
+    @abstractmethod
+    def sum_later(self, layer: object, x: Tensor) -> Callable[[], Tensor]:
+        """`sum`, set off; the function returned waits for it. Nobody may change `x` or the sum."""
 
     @abstractmethod
     def gather(self, layer: object, x: Tensor, dim: int) -> Tensor:
@@ -142,13 +175,16 @@ class Exchange(ABC):
 class ExactExchange(Exchange):
     """Every layer waits for what it needs: N ranks give what one rank gives, up to rounding."""
 
-    def halo(self, layer: object, x: Tensor, above: int, below: int) -> Halo:
+    def halo_later(
+        self, layer: object, x: Tensor, above: int, below: int, shared: bool = False
+    ) -> Callable[[], Halo]:
         if max(above, below) > 1:  # more than the shortest band may have
-            return self.wide_halo(layer, x, above, below)
-        return send_halo(self.mesh, self.traffic, layer, x, above, below).wait()
+            halo = self.wide_halo(layer, x, above, below)
+            return lambda: halo
+        return send_halo(self.mesh, self.traffic, layer, x, above, below, shared).wait
 
-    def sum(self, layer: object, x: Tensor) -> Tensor:
-        return send_sum(self.mesh, self.traffic, layer, x).wait()
+    def sum_later(self, layer: object, x: Tensor) -> Callable[[], Tensor]:
+        return send_sum(self.mesh, self.traffic, layer, x).wait
 
     def gather(self, layer: object, x: Tensor, dim: int) -> Tensor:
         lengths = self.lengths(layer, x.shape[dim])
@@ -227,9 +263,15 @@ class Transfer(Generic[T]):
 
 
 def send_halo(
-    mesh: Mesh, traffic: Traffic, layer: object, x: Tensor, above: int, below: int
+    mesh: Mesh,
+    traffic: Traffic,
+    layer: object,
+    x: Tensor,
+    above: int,
+    below: int,
+    shared: bool = False,
 ) -> Transfer[Halo]:
-    """Swap a row with each neighbour: `Exchange.halo`, not waited for."""
+    """Swap a row with each neighbour: `Exchange.halo_later`."""
     batch, channels, rows, width = x.shape
     assert max(above, below) <= 1 <= rows, "a wider halo may reach beyond the neighbour's rows"
     is_top, is_bottom = mesh.rank == 0, mesh.rank == mesh.size - 1
@@ -246,7 +288,7 @@ def send_halo(
         if rows_in is not None
     ]
     own, arriving = [out for _, out, _ in pairs], [rows_in for _, _, rows_in in pairs]
-    traffic.count(layer, sum(rows_out.nbytes for rows_out in own))
+    traffic.count(layer, sum(rows_out.nbytes for rows_out in own), rounds=int(not shared))
     works = mesh.swap(
         outgoing=[(peer, rows_out) for peer, rows_out, _ in pairs],
         incoming=[(peer, rows_in) for peer, _, rows_in in pairs],
@@ -312,7 +354,7 @@ def _rows_of(x: Tensor, have: range, rows: range) -> Tensor:
 
 
 def send_sum(mesh: Mesh, traffic: Traffic, layer: object, x: Tensor) -> Transfer[Tensor]:
-    """All-reduce `x`: `Exchange.sum`, not waited for."""
+    """All-reduce `x`: `Exchange.sum_later`."""
     total = x.clone(memory_format=torch.contiguous_format)
     works = mesh.all_reduce(total)
     traffic.count(layer, 2 * (mesh.size - 1) / mesh.size * total.nbytes)

@@ -14,7 +14,7 @@ from diffusers.utils import torch_utils
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from engine.bands.context import banded, current_exchange, sum_over_bands
+from engine.bands.context import banded, current_exchange, mean_over_bands
 
 # Labels for the traffic, where no layer asks.
 _FREEU = SimpleNamespace(traffic_kind="FreeU")
@@ -105,8 +105,7 @@ class GlobalMean(TorchFunctionMode):
 
     def _mean(self, x: Tensor, keepdim: bool) -> Tensor:
         total = x.to(torch.promote_types(x.dtype, torch.float32)).sum((2, 3), keepdim=keepdim)
-        total, count = sum_over_bands(self.layer, total, x.shape[2] * x.shape[3])
-        return (total / count).to(x.dtype)
+        return mean_over_bands(self.layer, total, x.shape[2] * x.shape[3])().to(x.dtype)
 
 
 def _dims(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:

@@ -5,6 +5,8 @@ names, weights, hooks and state-dict keys stay as they were, and a LoRA library 
 `type(layer)(...)` builds banded layers too. Outside of `banded(...)` each is the plain layer.
 """
 
+from typing import Any
+
 import torch
 from diffusers.models.attention_processor import (
     Attention,
@@ -14,16 +16,21 @@ from diffusers.models.attention_processor import (
     XFormersAttnProcessor,
 )
 from diffusers.models.downsampling import Downsample2D
-from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.bands.alone import Alone
 from engine.bands.context import current_exchange
 from engine.bands.exchange import Exchange, mean_and_variance, moments
 from engine.bands.rows import halo_rows
 from engine.config import UserError
+from engine.kernels.convolution import convolve_by_rows, convolve_doubled
 
-_MAX_ELEMENTS = 2**31 - 1  # what 32-bit indices reach, in convolution kernels
+
+def plain_convolution(conv: Any) -> nn.Conv2d:
+    """The convolution itself where a LoRA is around it."""
+    return getattr(conv, "base_layer", conv)
 
 
 class BandConv2d(nn.Conv2d):
@@ -47,43 +54,12 @@ class BandConv2d(nn.Conv2d):
         exchange = current_exchange()
         padding = (int(self.padding[0]), int(self.padding[1]))
         if exchange is not None and self.halo_rows() != (0, 0):
-            input, padding = self._with_halo(exchange, input), (0, padding[1])
+            input = exchange.between(self, input, self.halo_rows(), padding[0])
+            padding = (0, padding[1])
         elif self.padding_mode != "zeros":
             return super()._conv_forward(input, weight, bias)
-        return self._convolve(input, weight, bias, padding)
-
-    def _convolve(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]
-    ) -> Tensor:
-        """The plain convolution of [B, C, h, W], by chunks of rows where it or the result is large.
-
-        A chunk of output rows i ... j - 1 reads the rows i * stride - padding and on, and what of
-        these lies beyond the edges of x is the convolution's zeros.
-        """
-        batch, channels, height, width = x.shape
-        options = (self.stride, (0, padding[1]), self.dilation, self.groups)
-        stride, reach = self.stride[0], self.dilation[0] * (self.kernel_size[0] - 1) + 1
-        rows = (height + 2 * padding[0] - reach) // stride + 1
-        row_elements = batch * width * max(channels * stride, len(weight))
-        rows_at_once = max(1, _MAX_ELEMENTS // row_elements - reach)
-        if rows <= rows_at_once:
-            return F.conv2d(x, weight, bias, self.stride, padding, *options[2:])
-        chunks = []
-        for start in range(0, rows, rows_at_once):
-            first = start * stride - padding[0]
-            last = (min(start + rows_at_once, rows) - 1) * stride - padding[0] + reach
-            zeros = (0, 0, max(0, -first), max(0, last - height))
-            piece = F.pad(x[:, :, max(0, first) : last], zeros)
-            chunks.append(F.conv2d(piece, weight, bias, *options))
-        return torch.cat(chunks, dim=2)
-
-    def _with_halo(self, exchange: Exchange, x: Tensor) -> Tensor:
-        """`x` between its neighbours' rows, or the convolution's zeros at the picture's edges."""
-        above, below = self.halo_rows()
-        over, under = exchange.halo(self, x, above, below)
-        batch, channels, _, width = x.shape
-        zeros = x.new_zeros(batch, channels, int(self.padding[0]), width)
-        return torch.cat([zeros if over is None else over, x, zeros if under is None else under], 2)
+        options = (self.stride, padding, self.dilation, self.groups)
+        return convolve_by_rows(input, weight, bias, *options)
 
 
 class BandDownsample2D(Downsample2D):  # type: ignore[misc]
@@ -103,27 +79,48 @@ class BandDownsample2D(Downsample2D):  # type: ignore[misc]
         return self.conv(F.pad(hidden_states, (0, 1, 0, int(exchange.is_bottom))))
 
 
-class BandResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
-    """The VAE's residual block, where rows that were convolved meet rows that were not.
+class BandUpsample2D(Upsample2D):  # type: ignore[misc]
+    """Doubling and its convolution, by phases (`engine.kernels.convolution`), on bands or not.
 
-    On whole bands both are equally many. In a stream the convolutions are a few rows late, so the
-    rows that go around them wait for as long: `Exchange.delay`.
+    The neighbours' rows are asked for before they are doubled, which is half as many bytes. All
+    ranks ask alike, also for a last band that ends on an odd row.
     """
 
-    def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
-        """[B, C, h, W] -> [B, C', h', W]"""
-        exchange = current_exchange()
-        if exchange is None:
-            return super().forward(input_tensor, temb)
-        assert temb is None, "a VAE has no time"
-        assert self.upsample is self.downsample is None
-        around = exchange.delay(self, input_tensor)
-        hidden = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
-        hidden = self.conv2(self.dropout(self.nonlinearity(self.norm2(hidden))))
-        shortcut = around(hidden.shape[2])
-        if self.conv_shortcut is not None:
-            shortcut = self.conv_shortcut(shortcut)
-        return (shortcut + hidden) / self.output_scale_factor
+    def forward(
+        self,
+        hidden_states: Tensor,
+        output_size: tuple[int, int] | None = None,
+        *args: object,
+        **kwargs: object,
+    ) -> Tensor:
+        """[B, C, h, W] -> [B, C', 2h, 2W], or a row or a column less, as `output_size` says."""
+        if not can_double(self):
+            return super().forward(hidden_states, output_size, *args, **kwargs)
+        size = None if output_size is None else (output_size[0], output_size[1])
+        return self._double(current_exchange() or Alone(), hidden_states, size)
+
+    def _double(self, exchange: Exchange, x: Tensor, size: tuple[int, int] | None) -> Tensor:
+        rows = exchange.between(self.conv, x, (1, 1), 1)
+        return convolve_doubled(rows, self.conv.weight, self.conv.bias, size)
+
+
+def can_double(layer: Upsample2D) -> bool:
+    """Whether `layer` doubles and convolves as Stable Diffusion has it, and as it is now.
+
+    Not where something is around its convolution (a LoRA, a hook), or it is dilated.
+    """
+    conv = layer.conv
+    if not (layer.use_conv and layer.interpolate and layer.norm is None):
+        return False
+    if type(conv) not in (nn.Conv2d, BandConv2d) or conv.padding_mode != "zeros":
+        return False
+    shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and not has_hooks(conv)
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether something happens when `layer` is called, such as its weights being fetched."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
 
 
 class BandGroupNorm(nn.GroupNorm):

@@ -29,11 +29,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.bands.alone import Alone
 from engine.bands.boundary import Layout
 from engine.bands.context import banded
 from engine.bands.exchange import gather_parts, mean_and_variance
 from engine.bands.rows import scale_rows
-from engine.bands.stream import Alone, Course, Frozen, Moments, Stream, run_stream, thin_rows
+from engine.bands.stream import Course, Frozen, Moments, Stream, run_stream, thin_rows
 
 _FLOOR = 1e-6
 """What the VAE's norms add to a variance: below it, variances make no difference."""

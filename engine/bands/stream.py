@@ -30,8 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.bands.alone import Alone
 from engine.bands.context import banded
-from engine.bands.exchange import Exchange, Halo, moments
+from engine.bands.exchange import Halo, moments
 from engine.bands.rows import overlap, scale_rows
 
 Moments = tuple[Tensor, Tensor]
@@ -48,30 +49,6 @@ class Frozen:
 
 class Starved(Exception):
     """A convolution has not enough rows yet to make one of its own."""
-
-
-class Alone(Exchange):
-    """An exchange in which no other rank takes part."""
-
-    def __init__(self) -> None:
-        """There is no mesh, and no traffic to count."""
-
-    @property
-    def is_top(self) -> bool:
-        return True
-
-    @property
-    def is_bottom(self) -> bool:
-        return True
-
-    def halo(self, layer: object, x: Tensor, above: int, below: int) -> Halo:
-        return None, None
-
-    def sum(self, layer: object, x: Tensor) -> Tensor:
-        return x
-
-    def gather(self, layer: object, x: Tensor, dim: int) -> Tensor:
-        return x
 
 
 @dataclass(frozen=True)
@@ -118,6 +95,8 @@ class Stream(Alone):
         measures: whether to note what the whole picture's would be: `measured_moments`.
     """
 
+    halo_ahead = False  # beyond the picture there are zeros, also behind a norm
+
     def __init__(self, course: Course, frozen: Frozen, measures: bool = False) -> None:
         self.course = course
         self.frozen = frozen
@@ -142,8 +121,10 @@ class Stream(Alone):
         self._next[layer] = first + count
         return range(first, first + count)
 
-    def halo(self, layer: Any, x: Tensor, above: int, below: int) -> Halo:
-        """Rows carried over from the chunk before, and none below.
+    def halo_later(
+        self, layer: Any, x: Tensor, above: int, below: int, shared: bool = False
+    ) -> Callable[[], Halo]:
+        """Rows carried over from the chunk before, and none below. Nothing is waited for.
 
         A convolution of extent e and stride s makes floor((available - e) / s) + 1 rows. It will
         need again all that comes behind the first s of each of them.
@@ -161,7 +142,8 @@ class Stream(Alone):
         self._carried[layer] = _last_rows([over, x], available - outputs * stride)
         if not outputs:
             raise Starved
-        return over, x.new_empty(batch, channels, 0, width)
+        halo = over, x.new_empty(batch, channels, 0, width)
+        return lambda: halo
 
     def delay(self, layer: object, x: Tensor) -> Callable[[int], Tensor]:
         """`x` queues behind the rows of the chunks before that have not been asked for yet."""

@@ -17,7 +17,7 @@ which half precision does not hold. Weights with attachments (LoRA, offload hook
 plain module, and so are gradients.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -100,24 +100,34 @@ def _with_values(module: Module, products: Tensor, sums: Tensor) -> Tensor:
     return torch.cat([values, sums], dim=-1)
 
 
-def attend(module: Module, tokens: Tensor, mean_state: Tensor) -> Tensor:
-    """[B, n, C] -> [B, n, C]: what these tokens read from the state of all."""
+def attend(module: Module, tokens: Tensor, mean_state: Callable[[], Tensor]) -> Tensor:
+    """[B, n, C] -> [B, n, C]: what these tokens read from the state of all.
+
+    The state is waited for behind the queries of the first block, as long as which it may travel.
+    """
     to_out = module.to_out[0]
     assert isinstance(to_out, nn.Linear)
-    weight = to_out.weight.t().unflatten(0, (module.heads, -1))
-    mixers = (mean_state[..., :-1] @ weight).flatten(1, 2)
-    normalisers = _block_diagonal(mean_state[..., -1])
     out = tokens.new_empty(*tokens.shape[:2], to_out.out_features)
-    bias, has_bias = _bias_behind(module.to_q_, module.to_q), to_out.bias is not None
-    for picture, mixer, normaliser, result in zip(tokens, mixers, normalisers, out, strict=True):
+    bias = _bias_behind(module.to_q_, module.to_q)
+    mixers = None
+    for index, (picture, result) in enumerate(zip(tokens, out, strict=True)):
         for block, rows in zip(_blocks(picture), _blocks(result), strict=True):
             phi = _phi(block, module.to_q_, module.to_q, bias)
-            norms = (phi @ normaliser).add_(NORMALISER_EPS)
+            if mixers is None:
+                mixers, normalisers = _mixers(to_out, module.heads, mean_state())
+            norms = (phi @ normalisers[index]).add_(NORMALISER_EPS)
             phi.unflatten(1, (module.heads, -1)).div_(norms.unsqueeze(-1))
-            torch.mm(phi, mixer, out=rows)
-            if has_bias:
+            torch.mm(phi, mixers[index], out=rows)
+            if to_out.bias is not None:
                 rows += to_out.bias
     return out
+
+
+def _mixers(to_out: nn.Linear, heads: int, mean_state: Tensor) -> tuple[Tensor, Tensor]:
+    """(M, z) of every picture: [B, heads * d, C] and, for products, [B, heads * d, heads]."""
+    weight = to_out.weight.t().unflatten(0, (heads, -1))
+    mixers = (mean_state[..., :-1] @ weight).flatten(1, 2)
+    return mixers, _block_diagonal(mean_state[..., -1])
 
 
 def _block_diagonal(sums: Tensor) -> Tensor:

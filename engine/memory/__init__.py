@@ -49,9 +49,9 @@ from engine.bands.chunks import (
     ChunkedResnetBlock2D,
     ChunkedUpsample2D,
     InplaceResnetBlock2D,
-    plain_convolution,
 )
-from engine.bands.layers import BandConv2d
+from engine.bands.layers import BandConv2d, BandUpsample2D, plain_convolution
+from engine.bands.resnet import BandResnetBlock2D
 from engine.config import UserError
 from engine.memory.skips import (
     HostCrossAttnDownBlock2D,
@@ -120,6 +120,8 @@ def apply(unet: UNet2DConditionModel, options: MemoryOptions, mesh: Mesh | None 
     _refuse(unet, swaps)
     for module in unet.modules():
         if type(module) in swaps and _is_usual(module):
+            if swaps[type(module)] in _LEAN_CLASSES:
+                module.__dict__["class_before"] = type(module)
             module.__class__ = swaps[type(module)]
             _set_chunks(module, options)
     for block in unet.up_blocks:
@@ -139,8 +141,10 @@ def remove(unet: UNet2DConditionModel) -> None:
     for hook in unet.__dict__.pop("_memory_handles", ()):
         hook.remove()
     for module in unet.modules():
-        if plain := _PLAIN_CLASSES.get(type(module)):
-            module.__class__ = plain
+        if type(module) in _LEAN_CLASSES:
+            before = module.__dict__.pop("class_before")
+            usual = _BANDED if isinstance(unet, Boundary) else _NOT_BANDED
+            module.__class__ = usual.get(before, before)
             for name in ("token_chunks", "row_chunks", "skips", "hands_over"):
                 module.__dict__.pop(name, None)
         elif type(module) is BandConv2d and not isinstance(unet, Boundary):
@@ -161,16 +165,21 @@ _HOST_DOWN: Swaps = {
 }
 _ROWS: Swaps = {
     ResnetBlock2D: ChunkedResnetBlock2D,
+    BandResnetBlock2D: ChunkedResnetBlock2D,
     Upsample2D: ChunkedUpsample2D,
+    BandUpsample2D: ChunkedUpsample2D,
     nn.Conv2d: BandConv2d,  # of the other convolutions, too, none is given 2^31 elements
 }
-_IN_PLACE: Swaps = {ResnetBlock2D: InplaceResnetBlock2D}
-_PLAIN_CLASSES: Swaps = {InplaceResnetBlock2D: ResnetBlock2D} | {
-    lean: plain
-    for swaps in (_TOKENS, _LATE_JOIN, _HOST_DOWN, _ROWS)
-    for plain, lean in swaps.items()
-    if plain is not nn.Conv2d  # which may be banded for another reason
+_IN_PLACE: Swaps = {
+    ResnetBlock2D: InplaceResnetBlock2D,
+    BandResnetBlock2D: InplaceResnetBlock2D,
 }
+_LEAN_CLASSES = {
+    lean for swaps in (_TOKENS, _LATE_JOIN, _HOST_DOWN, _ROWS, _IN_PLACE) for lean in swaps.values()
+} - {BandConv2d}  # which may be banded for another reason
+# What a layer becomes again, where the UNet was distributed, or collected, in between.
+_BANDED: Swaps = {ResnetBlock2D: BandResnetBlock2D, Upsample2D: BandUpsample2D}
+_NOT_BANDED: Swaps = {BandResnetBlock2D: ResnetBlock2D}
 
 
 def _swaps(options: MemoryOptions) -> Swaps:

@@ -31,7 +31,7 @@ from engine.config import Settings
 from engine.diffusion import Conditions, Denoiser, dilated
 from engine.ladder import Rung
 from engine.output import sample_of
-from engine.parallel import band_layers, share_out
+from engine.parallel import band_layers, fold_upsampling, share_out
 from engine.simulation import META, Cost, Kernels, PretendedMesh, simulate
 
 
@@ -115,6 +115,7 @@ def unet_parts(job: Job, rung: Rung) -> list[Part]:
     unet, traffic, kept = job.networks.unet, Traffic(), job.kept_bytes(rung)
     memory.apply(unet, memory_options(job.settings))
     without_boundary(unet)
+    fold_upsampling(unet)
     if job.ranks > 1:
         groups = job.groups(rung)
         mesh = PretendedMesh.of(job.ranks, rung.height // 8, job.row_multiple, groups)
@@ -289,6 +290,7 @@ def _short_bands(chunk_rows: int) -> tuple[int, int]:
 def _run(job: Job, rung: Rung, passage: Passage, rows: int, codec_: codec.Codec) -> Cost:
     vae, traffic = job.networks.vae, Traffic()
     without_boundary(vae)
+    fold_upsampling(vae)
     if job.ranks > 1:
         mesh = PretendedMesh.of(job.ranks, rows)
         _band(vae, VAEBoundary, share_out(mesh, 1, ExactExchange, False, traffic))

@@ -1,0 +1,112 @@
+"""Residual blocks over bands: two rounds of messages each, not four.
+
+    x [B, C, h, W] -> group norm -> SiLU -> 3x3 convolution, and once more, shifted by time between
+
+Layer by layer, the norm's sums would be one round and the convolution's halo another. But once its
+mean and variance are known a norm looks at each number by itself. So the neighbours' rows are asked
+for as they come *into* the norm, travel while its sums are taken and added up, and are normalised
+here, by the very statistics that their own rank has:
+
+    set off    rows next to the band, raw
+    all-reduce [count, sum, sum of squares]; then both are here
+    room [B, C, h + 2, W] = SiLU(norm(rows above | x | rows below)), zeros where the picture ends
+    convolution of the room
+"""
+
+from collections.abc import Callable
+
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from engine.bands.alone import Fetched
+from engine.bands.context import banded, current_exchange
+from engine.bands.exchange import Exchange
+from engine.bands.layers import (
+    BandConv2d,
+    BandGroupNorm,
+    has_hooks,
+    normalise,
+    plain_convolution,
+)
+
+
+class BandResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
+    """A residual block, of a UNet or a VAE; see `is_usual`.
+
+    On whole bands as many rows are convolved as go around the convolutions. In a stream the
+    convolutions are a few rows late, so the others wait for as long: `Exchange.delay`.
+    """
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
+        """[B, C, h, W] -> [B, C', h', W]"""
+        exchange = current_exchange()
+        if exchange is None:
+            return super().forward(input_tensor, temb)
+        around = exchange.delay(self, input_tensor)
+        hidden = self._half(exchange, self.norm1, self.conv1, input_tensor)
+        if self.time_emb_proj is not None:
+            active = temb if self.skip_time_act else self.nonlinearity(temb)
+            hidden = hidden + self.time_emb_proj(active)[:, :, None, None]
+        hidden = self._half(exchange, self.norm2, self.conv2, hidden)
+        shortcut = around(hidden.shape[2])
+        if self.conv_shortcut is not None:
+            shortcut = self.conv_shortcut(shortcut)
+        return (shortcut + hidden) / self.output_scale_factor
+
+    def _half(self, exchange: Exchange, norm: nn.GroupNorm, conv: nn.Module, x: Tensor) -> Tensor:
+        """conv(dropout(silu(norm(x))))"""
+
+        def activate(rows: Tensor) -> Tensor:
+            return self.dropout(self.nonlinearity(rows))
+
+        if not asks_ahead(exchange, norm, conv):
+            return conv(activate(norm(x)))
+        return convolve_normalised(exchange, norm, activate, conv, x)
+
+
+def is_usual(block: ResnetBlock2D) -> bool:
+    """Whether a block is as Stable Diffusion has it: no resizing inside, time only added."""
+    return (
+        block.upsample is block.downsample is None
+        and block.time_embedding_norm != "scale_shift"
+        and (block.time_emb_proj is None or block.time_embedding_norm == "default")
+    )
+
+
+def asks_ahead(exchange: Exchange | None, norm: nn.Module, conv: nn.Module) -> bool:
+    """Whether the rows for `conv` may come from before `norm`; the same answer on all ranks."""
+    plain = plain_convolution(conv)
+    return (
+        exchange is not None
+        and exchange.halo_ahead
+        and isinstance(norm, BandGroupNorm)
+        and isinstance(plain, BandConv2d)
+        and plain.halo_rows() == (1, 1)  # a dilated one reaches further
+        and not has_hooks(norm)
+    )
+
+
+def convolve_normalised(
+    exchange: Exchange,
+    norm: nn.GroupNorm,
+    activate: Callable[[Tensor], Tensor],
+    conv: nn.Module,
+    x: Tensor,
+) -> Tensor:
+    """conv(activate(norm(x))) in one round of messages, where `asks_ahead`.
+
+    Args:
+        activate: looks at each number by itself, and may change what it is given.
+        x: [B, C, h, W]
+    """
+    halo = exchange.halo_later(plain_convolution(conv), x, 1, 1, shared=True)
+    mean, variance = exchange.statistics(norm, [x], norm.num_groups)
+    batch, channels, height, width = x.shape
+    room = x.new_empty(batch, channels, height + 2, width)
+    room[:, :, 1:-1] = activate(normalise(norm, x, mean, variance))
+    for place, rows in zip((0, height + 1), halo(), strict=True):
+        room[:, :, place : place + 1] = (
+            0 if rows is None else activate(normalise(norm, rows, mean, variance))
+        )
+    with banded(Fetched(room)):
+        return conv(room[:, :, 1:-1])

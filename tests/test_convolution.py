@@ -1,0 +1,169 @@
+"""Convolutions of doubled pictures by phases, and blocks that share rounds, against plain ones."""
+
+from functools import partial
+
+import pytest
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine import memory
+from engine.bands import ExactExchange, Traffic, banded, split_rows
+from engine.bands.layers import BandUpsample2D, can_double
+from engine.bands.resnet import is_usual
+from engine.kernels.convolution import convolve_doubled
+from engine.parallel import band_layers
+from tests.models import latent, randomise, tiny_unet
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def phases_of_small_pictures(monkeypatch):
+    monkeypatch.setattr("engine.kernels.convolution._LEAST_PIXELS", 0)
+
+
+def doubled(x, conv, size=None):
+    """As diffusers does it."""
+    x = F.interpolate(x, scale_factor=2.0) if size is None else F.interpolate(x, size=size)
+    return conv(x)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.booleans(), st.tuples(*[st.integers(0, 1)] * 2))
+def test_a_doubled_convolution_is_the_plain_one(height, width, has_bias, less):
+    conv = randomise(nn.Conv2d(3, 5, 3, padding=1, bias=has_bias)).double()
+    x = latent(height, width, channels=3)
+    size = (2 * height - less[0], 2 * width - less[1])
+    with torch.no_grad():
+        expected = doubled(x, conv, size)
+        result = convolve_doubled(F.pad(x, (0, 0, 1, 1)), conv.weight, conv.bias, size)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-13)
+
+
+def test_phases_take_four_ninths_of_the_products():
+    conv, x = nn.Conv2d(4, 4, 3, padding=1), torch.randn(1, 4, 8, 8)
+    with torch.no_grad(), FlopCounterMode(display=False) as plain:
+        doubled(x, conv)
+    with torch.no_grad(), FlopCounterMode(display=False) as ours:
+        convolve_doubled(F.pad(x, (0, 0, 1, 1)), conv.weight, conv.bias)
+    assert ours.get_total_flops() * 9 == plain.get_total_flops() * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_phases_in_half_precision_are_as_near_to_the_truth(dtype):
+    conv, x = nn.Conv2d(32, 32, 3, padding=1).double(), latent(16, 16, channels=32)
+    with torch.no_grad():
+        truth = doubled(x, conv)
+        conv, x = conv.to(dtype), x.to(dtype)
+        plain = doubled(x, conv)
+        ours = convolve_doubled(F.pad(x, (0, 0, 1, 1)), conv.weight, conv.bias)
+    # Weights that are added up are rounded once more, as numbers twice as large.
+    assert rms(ours.double() - truth) < 1.5 * rms(plain.double() - truth)
+
+
+def rms(x):
+    return x.square().mean().sqrt().item()
+
+
+def wrapped(attribute):
+    """An up-sampling whose convolution is not the plain one any more."""
+    layer = Upsample2D(4, use_conv=True)
+    match attribute:
+        case "hook":
+            layer.conv.register_forward_pre_hook(lambda module, args: None)
+        case "dilation":
+            layer.conv.dilation = layer.conv.padding = (2, 2)
+        case "circular":
+            layer.conv.padding_mode = "circular"
+        case "LoRA":
+            layer.conv = nn.Sequential(layer.conv)
+    return layer
+
+
+@pytest.mark.parametrize("attribute", ["hook", "dilation", "circular", "LoRA"])
+def test_what_is_not_the_plain_convolution_is_left_as_it_is(attribute):
+    layer, x = wrapped(attribute), torch.randn(1, 4, 5, 6)
+    assert can_double(Upsample2D(4, use_conv=True))
+    assert not can_double(layer)
+    with torch.no_grad():
+        expected = layer(x)
+        layer.__class__ = BandUpsample2D
+        assert torch.equal(layer(x), expected)
+
+
+# --- over bands -----------------------------------------------------------------------------------
+
+
+class Call(nn.Module):
+    """A residual block, called with a time or without."""
+
+    def __init__(self, time, **options):
+        super().__init__()
+        self.time = latent(1, 16, channels=1)[:, 0, 0] if time else None
+        channels = 16 if time else None
+        self.block = ResnetBlock2D(in_channels=8, temb_channels=channels, groups=4, **options)
+
+    def forward(self, x):
+        return self.block(x, self.time)
+
+
+BLOCKS = {
+    "with a time": (partial(Call, True, out_channels=8), 2, 0),
+    "wider": (partial(Call, True, out_channels=12), 2, 0),
+    "of a VAE": (partial(Call, False, out_channels=8, output_scale_factor=2.0), 2, 0),
+    "scaled by time": (partial(Call, True, time_embedding_norm="scale_shift"), 2, 2),
+    "up-sampling": (lambda: Upsample2D(8, use_conv=True), 0, 1),
+}
+
+
+def block_errors(mesh, height):
+    """(largest deviation, rounds of norms and of convolutions) of each block."""
+    whole, bands = latent(height, 6, channels=8), split_rows(height, mesh.size)
+    own, found = bands[mesh.rank], {}
+    for name, (make, _, _) in BLOCKS.items():
+        torch.manual_seed(0)
+        network = randomise(nn.Sequential(make())).double().eval()
+        exchange = ExactExchange(mesh, Traffic())
+        with torch.no_grad():
+            expected = network(whole)
+            band_layers(network)
+            with banded(exchange):
+                piece = network(whole[:, :, own.start : own.stop].contiguous())
+        rounds = exchange.traffic.rounds
+        counted = rounds["group norm"], rounds["convolution"]
+        result = exchange.gather(network, piece, dim=2)
+        found[name] = (result - expected).abs().max().item(), counted
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "height"), [(2, 7), (3, 10)])
+def test_blocks_over_bands_are_the_plain_ones_in_fewer_rounds(ranks, height):
+    for found in run_ranks(ranks, block_errors, height):
+        for name, (_, norms, convolutions) in BLOCKS.items():
+            error, rounds = found[name]
+            assert error < 1e-12, name
+            assert rounds == (norms, convolutions), name
+
+
+def test_only_usual_blocks_change():
+    usual = [is_usual(make().block) for name, (make, _, _) in BLOCKS.items() if "samp" not in name]
+    assert usual == [True, True, True, False]
+
+
+def test_up_sampling_in_chunks_of_rows_is_the_plain_one():
+    x, text = latent(20, 12), latent(7, 24, channels=1)[:, 0]
+    unet = tiny_unet()
+    with torch.no_grad():
+        expected = unet(x, 500, text).sample
+        for chunks in (1, 2, 3, 50):
+            memory.apply(unet, memory.MemoryOptions(row_chunks=chunks))
+            error = (unet(x, 500, text).sample - expected).abs().max()
+            assert error < 1e-12
+    memory.remove(unet)
+    assert any(type(module) is Upsample2D for module in unet.modules())
