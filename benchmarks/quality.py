@@ -1,4 +1,4 @@
-"""What the displaced mode costs in quality: the same pictures painted exactly and displaced.
+"""What it costs in quality when ranks wait for less: pictures exact, displaced, in naive patches.
 
     python benchmarks/quality.py --ranks 2 --steps 20
     python benchmarks/quality.py --ranks 3 --model FOLDER --output-folder outputs/quality
@@ -7,9 +7,11 @@ Starts its own ranks, each with one thread where they share a CPU. Every mode pa
 prompt from the same noise; what differs is only when a layer waits for the other bands. Printed:
 
     PSNR       of the decoded picture against the exact one, in dB; mean and worst of the pictures.
-               As a yardstick, the exact mode with one step fewer is held against it too. The
-               displaced mode takes others' sums as they were a step before, or (its default)
-               continues their trend over the last two steps.
+               As a yardstick, the exact mode with one step fewer is held against it too, and naive
+               patches, whose bands are pictures of their own and exchange nothing. The displaced
+               mode takes others' sums as they were a step before, or (its default) continues their
+               trend over the last two steps.
+    SSIM       structural similarity to the exact one (Wang et al. 2004), mean of the pictures
     MB sent    per rank and step of the UNet, in all and by kind of layer (`engine.bands.Traffic`)
     buffers    MB that the largest rank keeps from one step for the next
     s a step   median (min - max) of the steps after the warm-up
@@ -35,13 +37,23 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from skimage.metrics import structural_similarity
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import engine
 from engine.bands import DisplacedExchange, ExactExchange, Exchange, Mesh, Traffic, open_mesh
+from engine.bands.alone import Alone
 from engine.bands.boundary import Layout
 
 MB = 1e6
+
+
+class NaivePatches(Alone):
+    """Every band is painted as if it were the whole picture; only the decoder is exact."""
+
+    def __init__(self, mesh: Mesh, traffic: Traffic) -> None:
+        self.mesh = mesh
+        self.traffic = traffic
 
 
 @dataclass(frozen=True)
@@ -99,6 +111,7 @@ def modes(options: argparse.Namespace) -> list[Mode]:
     return [
         Mode("exact", ExactExchange, options.steps),
         Mode("exact, a step fewer", ExactExchange, options.steps - 1),
+        Mode("naive patches", NaivePatches, options.steps),
         *(
             displaced(options.steps, warmup, extrapolate)
             for extrapolate in (False, True)
@@ -199,6 +212,7 @@ def row(mesh: Mesh, mode: Mode, result: Measured, exact: Measured) -> dict[str, 
         "steps": mode.steps,
         "psnr_db": fmean(decibels),
         "worst_psnr_db": min(decibels),
+        "ssim": fmean(ssim(a, b) for a, b in zip(result.pictures, exact.pictures, strict=True)),
         "mb_sent_per_step": sum(kinds.values()),
         "mb_sent_per_step_by_kind": kinds,
         "buffer_mb": max(mesh.gather_objects(result.buffer_bytes)) / MB,
@@ -210,6 +224,21 @@ def psnr(picture: np.ndarray, reference: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB of pictures in 0 ... 1; infinite for equal ones."""
     error = float(np.mean((picture.astype(np.float64) - reference) ** 2))
     return math.inf if error == 0 else -10 * math.log10(error)
+
+
+def ssim(picture: np.ndarray, reference: np.ndarray) -> float:
+    """Structural similarity of pictures [H, W, 3] in 0 ... 1, with the paper's Gaussian window."""
+    return float(
+        structural_similarity(
+            picture.astype(np.float64),
+            reference.astype(np.float64),
+            data_range=1.0,
+            channel_axis=2,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+    )
 
 
 def save_pictures(path: Path, measured: list[Measured]) -> None:
@@ -228,17 +257,19 @@ def print_table(rows: list[dict], options: argparse.Namespace) -> None:
         f"{options.pictures} x {options.width}x{options.height} px of {options.model!r}, "
         f"{options.steps} steps, {options.ranks} ranks\n"
     )
-    print(f"{'mode':<34}{'PSNR dB':>8}{'worst':>8}{'MB sent':>9}{'buffers':>9}  s a step")
+    print(
+        f"{'mode':<34}{'PSNR dB':>8}{'worst':>8}{'SSIM':>8}{'MB sent':>9}{'buffers':>9}  s a step"
+    )
     for row in rows:
         step_s = row["step_s"]
         print(
             f"{row['mode']:<34}{row['psnr_db']:>8.1f}{row['worst_psnr_db']:>8.1f}"
-            f"{row['mb_sent_per_step']:>9.3f}{row['buffer_mb']:>9.3f}  "
+            f"{row['ssim']:>8.4f}{row['mb_sent_per_step']:>9.3f}{row['buffer_mb']:>9.3f}  "
             f"{step_s['median']:.3f} ({step_s['min']:.3f} - {step_s['max']:.3f})"
         )
     print("\nMB sent per rank and step, by kind of layer (exact, displaced)")
     for kind, exact in rows[0]["mb_sent_per_step_by_kind"].items():
-        print(f"{kind:<34}{exact:>8.4f}{rows[-1]['mb_sent_per_step_by_kind'][kind]:>8.4f}")
+        print(f"{kind:<34}{exact:>8.4f}{rows[-1]['mb_sent_per_step_by_kind'].get(kind, 0):>8.4f}")
     if not torch.cuda.is_available():
         print(
             "\nTimes are noisy: CPU ranks share cores and memory with each other and with whatever "

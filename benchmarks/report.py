@@ -59,7 +59,7 @@ RUNS = {
     ),
     "end_to_end": Run("A whole job", "--height 128 --width 192 --steps 8 --repeats 3", ""),
     "quality": Run(
-        "Displaced mode",
+        "Quality: displaced mode, naive patches",
         "--ranks 2 --steps 8 --warmup 2 --pictures 1 --height 128 --width 128",
         is_recorded=False,
     ),

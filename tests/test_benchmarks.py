@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import attention, common, communication, end_to_end, projection, report
 from benchmarks.common import Aim, Noise
+from engine.bands import Mesh, Traffic, banded
 from engine.parallel import band_layers
 from engine.simulation import pretended
 from tests.ranks import run_ranks
@@ -20,10 +21,34 @@ ROOT = Path(__file__).parents[1]
 TINY = {
     "attention": "--tokens 64 256 --models SD-1.5 --memory-tokens 256 --repeats 1",
     "communication": "--ranks 2 --measured-px 128 --px 1024 --gpus 2 --simulated-gpus 8",
-    "scaling": "--px 128 --steps 2 --repeats 1 --modes exact --no-weak",
+    "scaling": "--px 128 --steps 2 --repeats 1 --modes guidance exact --no-weak",
     "projection": "--px 1024 --timed-px 512 --gpus 2 --most-latents 256 --repeats 1",
     "end_to_end": "--ranks 1 --height 64 --width 64 --steps 2 --repeats 1",
 }
+
+
+# --- quality --------------------------------------------------------------------------------------
+
+
+def test_naive_patches_are_pictures_of_their_own():
+    quality = pytest.importorskip("benchmarks.quality", exc_type=ImportError)
+    network = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.GroupNorm(2, 4))
+    x, traffic = torch.randn(1, 4, 6, 5), Traffic()
+    with torch.no_grad():
+        expected = network(x)
+        band_layers(network)
+        with banded(quality.NaivePatches(Mesh(1, 3, torch.device("cpu"), None), traffic)):
+            torch.testing.assert_close(network(x), expected)
+    assert not traffic.rounds
+
+
+def test_similarity_is_1_for_the_same_and_falls_with_noise():
+    quality = pytest.importorskip("benchmarks.quality", exc_type=ImportError)
+    picture = torch.rand(32, 32, 3, generator=torch.Generator().manual_seed(0)).numpy()
+    noise = torch.randn(32, 32, 3, generator=torch.Generator().manual_seed(1)).numpy()
+    assert quality.ssim(picture, picture) == pytest.approx(1)
+    values = [quality.ssim(picture + scale * noise, picture) for scale in (0.03, 0.1, 0.3)]
+    assert 1 > values[0] > values[1] > values[2]
 
 
 # --- noise and pairs ------------------------------------------------------------------------------

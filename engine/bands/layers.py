@@ -94,9 +94,11 @@ class BandUpsample2D(Upsample2D):  # type: ignore[misc]
         **kwargs: object,
     ) -> Tensor:
         """[B, C, h, W] -> [B, C', 2h, 2W], or a row or a column less, as `output_size` says."""
-        if not can_double(self):
+        height, width = output_size or (2 * side for side in hidden_states.shape[-2:])
+        less = 2 * hidden_states.shape[2] - height, 2 * hidden_states.shape[3] - width
+        if not can_double(self) or not set(less) <= {0, 1}:
             return super().forward(hidden_states, output_size, *args, **kwargs)
-        size = None if output_size is None else (output_size[0], output_size[1])
+        size = None if output_size is None else (height, width)
         return self._double(current_exchange() or Alone(), hidden_states, size)
 
     def _double(self, exchange: Exchange, x: Tensor, size: tuple[int, int] | None) -> Tensor:

@@ -43,25 +43,31 @@ class BandResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
         if exchange is None:
             return super().forward(input_tensor, temb)
         around = exchange.delay(self, input_tensor)
-        hidden = self._half(exchange, self.norm1, self.conv1, input_tensor)
+        hidden = _half(exchange, self.norm1, self.nonlinearity, self.conv1, input_tensor)
         if self.time_emb_proj is not None:
             active = temb if self.skip_time_act else self.nonlinearity(temb)
             hidden = hidden + self.time_emb_proj(active)[:, :, None, None]
-        hidden = self._half(exchange, self.norm2, self.conv2, hidden)
+        hidden = _half(exchange, self.norm2, self._activate, self.conv2, hidden)
         shortcut = around(hidden.shape[2])
         if self.conv_shortcut is not None:
             shortcut = self.conv_shortcut(shortcut)
         return (shortcut + hidden) / self.output_scale_factor
 
-    def _half(self, exchange: Exchange, norm: nn.GroupNorm, conv: nn.Module, x: Tensor) -> Tensor:
-        """conv(dropout(silu(norm(x))))"""
+    def _activate(self, x: Tensor) -> Tensor:
+        return self.dropout(self.nonlinearity(x))
 
-        def activate(rows: Tensor) -> Tensor:
-            return self.dropout(self.nonlinearity(rows))
 
-        if not asks_ahead(exchange, norm, conv):
-            return conv(activate(norm(x)))
-        return convolve_normalised(exchange, norm, activate, conv, x)
+def _half(
+    exchange: Exchange,
+    norm: nn.GroupNorm,
+    activate: Callable[[Tensor], Tensor],
+    conv: nn.Module,
+    x: Tensor,
+) -> Tensor:
+    """conv(activate(norm(x))), in one round or two."""
+    if not asks_ahead(exchange, norm, conv):
+        return conv(activate(norm(x)))
+    return convolve_normalised(exchange, norm, activate, conv, x)
 
 
 def is_usual(block: ResnetBlock2D) -> bool:
