@@ -20,6 +20,7 @@ they are killed. If the launcher itself is killed, the kernel ends its ranks wit
 """
 
 import argparse
+import atexit
 import ctypes
 import ipaddress
 import os
@@ -35,11 +36,11 @@ from types import FrameType
 import psutil
 
 from engine.exits import DONE, FAILED, MISTAKEN, STOPPED
+from engine.signals import STOPPING, ignore_signals
 
 _POLL_S = 0.05
 _REPEAT_S = 1.0
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
-_STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,7 +143,7 @@ def _free_port() -> int:
 
 def _prepare() -> None:
     """In a rank, before it runs: deaf until it listens, killed when the launcher is no more."""
-    for number in _STOPPING:
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -152,12 +153,14 @@ def _pass_signals_on(ranks: Sequence["subprocess.Popen[bytes]"]) -> list[int]:
     told: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        if number in _STOPPING:
+        if number in STOPPING:
             told.append(number)
         _send(ranks, number)
 
-    for number in (*_STOPPING, signal.SIGUSR1):
+    for number in (*STOPPING, signal.SIGUSR1):
         signal.signal(number, pass_on)
+    # Python takes its handlers away as it ends; a second signal then would replace the exit code.
+    atexit.register(ignore_signals)
     return told
 
 
