@@ -121,11 +121,12 @@ def distribute(
     with torch.inference_mode(False):  # sharded weights (`engine.memory`) would not move under it
         pipe.to(mesh.device)
     layout = share_out(mesh, groups, exchange, check_drift)
-    for network, _ in _networks(pipe):
-        fold_upsampling(network)
     if mesh.size > 1:
         vae_layout = share_out(mesh, 1, ExactExchange, check_drift, layout.traffic)
         mesh.agree(lambda: _swap_classes(pipe, layout, vae_layout))
+    else:
+        for network, _ in _networks(pipe):
+            fold_upsampling(network)
     return layout
 
 
@@ -203,7 +204,7 @@ def band_layers(network: nn.Module) -> None:
 
 
 def fold_upsampling(network: nn.Module) -> None:
-    """Let `network` double its pictures by phases, also on one rank: the same in less time."""
+    """For one rank: let `network` double its pictures by phases, as `band_layers` does too."""
     for module in network.modules():
         if type(module) is Upsample2D:
             module.__class__ = BandUpsample2D

@@ -14,9 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine import memory
 from engine.bands import ExactExchange, Traffic, banded, split_rows
+from engine.bands.alone import Alone
 from engine.bands.layers import BandUpsample2D, can_double
 from engine.bands.resnet import is_usual
+from engine.kernels import convolution
 from engine.kernels.convolution import convolve_doubled
+from engine.linfusion import LinearAttention
 from engine.parallel import band_layers
 from tests.models import latent, randomise, tiny_unet
 from tests.ranks import run_ranks
@@ -113,17 +116,27 @@ class Call(nn.Module):
         return self.block(x, self.time)
 
 
+def with_lora():
+    """A LoRA of its own 3x3 convolution around each of the block's."""
+    peft = pytest.importorskip("peft")
+    network = Call(True, out_channels=8)
+    config = peft.LoraConfig(r=2, target_modules=["conv1", "conv2"], init_lora_weights=False)
+    return peft.inject_adapter_in_model(config, network)
+
+
 BLOCKS = {
     "with a time": (partial(Call, True, out_channels=8), 2, 0),
     "wider": (partial(Call, True, out_channels=12), 2, 0),
     "of a VAE": (partial(Call, False, out_channels=8, output_scale_factor=2.0), 2, 0),
     "scaled by time": (partial(Call, True, time_embedding_norm="scale_shift"), 2, 2),
+    "with a LoRA": (with_lora, 2, 0),
     "up-sampling": (lambda: Upsample2D(8, use_conv=True), 0, 1),
 }
 
 
 def block_errors(mesh, height):
     """(largest deviation, rounds of norms and of convolutions) of each block."""
+    convolution._LEAST_PIXELS = 0  # each rank is a process of its own
     whole, bands = latent(height, 6, channels=8), split_rows(height, mesh.size)
     own, found = bands[mesh.rank], {}
     for name, (make, _, _) in BLOCKS.items():
@@ -153,7 +166,49 @@ def test_blocks_over_bands_are_the_plain_ones_in_fewer_rounds(ranks, height):
 
 def test_only_usual_blocks_change():
     usual = [is_usual(make().block) for name, (make, _, _) in BLOCKS.items() if "samp" not in name]
-    assert usual == [True, True, True, False]
+    assert usual == [True, True, True, False, True]
+
+
+class Logged(Alone):
+    """Notes when rows and sums are set off, and when they are waited for."""
+
+    def __init__(self):
+        self.log = []
+
+    def halo_later(self, layer, x, above, below, shared=False):
+        self.log.append("rows set off")
+        return lambda: self.log.append("rows here") or (None, None)
+
+    def sum_later(self, layer, x):
+        self.log.append("sum set off")
+        return lambda: self.log.append("sum here") or x
+
+
+def test_rows_travel_beside_the_sums():
+    network = Call(False, out_channels=8).eval()
+    band_layers(network)
+    exchange = Logged()
+    with torch.no_grad(), banded(exchange):
+        network(torch.randn(1, 8, 4, 4))
+    assert exchange.log == 2 * ["rows set off", "sum set off", "sum here", "rows here"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_travels_while_queries_are_computed(dtype, monkeypatch):
+    attention = LinearAttention(query_dim=8, heads=2, dim_head=4).to(dtype)
+    exchange = Logged()
+    linear = F.linear
+
+    def logged(x, weight, *args):
+        if weight is attention.to_q.weight:
+            exchange.log.append("queries")
+        return linear(x, weight, *args)
+
+    monkeypatch.setattr(F, "linear", logged)
+    with torch.no_grad(), banded(exchange):
+        attention(torch.randn(1, 12, 8, dtype=dtype))
+    assert exchange.log.index("sum set off") < exchange.log.index("queries")
+    assert exchange.log.index("queries") < exchange.log.index("sum here")
 
 
 def test_up_sampling_in_chunks_of_rows_is_the_plain_one():

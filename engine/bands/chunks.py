@@ -37,7 +37,7 @@ from engine.bands.layers import (
     normalise,
     plain_convolution,
 )
-from engine.bands.resnet import asks_ahead, convolve_normalised
+from engine.bands.resnet import asks_ahead, normalise_and_convolve
 from engine.config import UserError
 from engine.kernels.convolution import convolve_doubled
 
@@ -105,20 +105,13 @@ class InplaceResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
 
     def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
         """[B, C, h, W] -> [B, C', h, W]"""
-        hidden = self._half(self.norm1, self.conv1, input_tensor)
+        hidden = normalise_and_convolve(self.norm1, activate, self.conv1, input_tensor)
         hidden = add_in_place(hidden, self._time_shift(temb))
-        hidden = self._half(self.norm2, self.conv2, hidden)
+        hidden = normalise_and_convolve(self.norm2, activate, self.conv2, hidden)
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
         hidden = add_in_place(hidden, input_tensor)
         return hidden if self.output_scale_factor == 1 else hidden.div_(self.output_scale_factor)
-
-    def _half(self, norm: nn.GroupNorm, conv: nn.Module, x: Tensor) -> Tensor:
-        """conv(silu(norm(x)))"""
-        exchange = current_exchange()
-        if exchange is None or not asks_ahead(exchange, norm, conv):
-            return conv(activate(norm(x)))
-        return convolve_normalised(exchange, norm, activate, conv, x)
 
     def _time_shift(self, temb: Tensor) -> Tensor:
         """[B, T] -> [B, C', 1, 1]. All blocks share temb, so it alone is not overwritten."""

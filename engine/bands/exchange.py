@@ -40,12 +40,12 @@ class Traffic:
     bytes_sent: Counter[str] = field(default_factory=Counter)
     rounds: Counter[str] = field(default_factory=Counter)
 
-    def count(self, layer: object, sent: float, rounds: int = 1) -> None:
-        """Add one round of `layer` (none, if it shares another's) with that many bytes sent."""
+    def count(self, layer: object, sent: float, shared: bool = False) -> None:
+        """Add the bytes that this rank sent for `layer`, in a round of its own or another's."""
         kind = _kind(layer)
         self.bytes_sent[kind] += round(sent)
-        if rounds:
-            self.rounds[kind] += rounds
+        if not shared:
+            self.rounds[kind] += 1
 
     @property
     def megabytes(self) -> float:
@@ -210,7 +210,7 @@ def moments(parts: list[Tensor], groups: int) -> Tensor:
     return by_channel.unflatten(-1, (groups, -1)).sum(-1)
 
 
-_STATISTICS_ELEMENTS = 2**23  # of a chunk that is widened to fp32, or copied by a kernel
+_STATISTICS_ELEMENTS = 2**25  # of a chunk that is widened to fp32, or copied by a kernel
 
 
 def _channel_moments(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -300,7 +300,7 @@ def send_halo(
         if rows_in is not None
     ]
     own, arriving = [out for _, out, _ in pairs], [rows_in for _, _, rows_in in pairs]
-    traffic.count(layer, sum(rows_out.nbytes for rows_out in own), rounds=int(not shared))
+    traffic.count(layer, sum(rows_out.nbytes for rows_out in own), shared)
     works = mesh.swap(
         outgoing=[(peer, rows_out) for peer, rows_out, _ in pairs],
         incoming=[(peer, rows_in) for peer, _, rows_in in pairs],

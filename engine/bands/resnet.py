@@ -43,11 +43,11 @@ class BandResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
         if exchange is None:
             return super().forward(input_tensor, temb)
         around = exchange.delay(self, input_tensor)
-        hidden = _half(exchange, self.norm1, self.nonlinearity, self.conv1, input_tensor)
+        hidden = normalise_and_convolve(self.norm1, self.nonlinearity, self.conv1, input_tensor)
         if self.time_emb_proj is not None:
             active = temb if self.skip_time_act else self.nonlinearity(temb)
             hidden = hidden + self.time_emb_proj(active)[:, :, None, None]
-        hidden = _half(exchange, self.norm2, self._activate, self.conv2, hidden)
+        hidden = normalise_and_convolve(self.norm2, self._activate, self.conv2, hidden)
         shortcut = around(hidden.shape[2])
         if self.conv_shortcut is not None:
             shortcut = self.conv_shortcut(shortcut)
@@ -55,19 +55,6 @@ class BandResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
 
     def _activate(self, x: Tensor) -> Tensor:
         return self.dropout(self.nonlinearity(x))
-
-
-def _half(
-    exchange: Exchange,
-    norm: nn.GroupNorm,
-    activate: Callable[[Tensor], Tensor],
-    conv: nn.Module,
-    x: Tensor,
-) -> Tensor:
-    """conv(activate(norm(x))), in one round or two."""
-    if not asks_ahead(exchange, norm, conv):
-        return conv(activate(norm(x)))
-    return convolve_normalised(exchange, norm, activate, conv, x)
 
 
 def is_usual(block: ResnetBlock2D) -> bool:
@@ -79,12 +66,11 @@ def is_usual(block: ResnetBlock2D) -> bool:
     )
 
 
-def asks_ahead(exchange: Exchange | None, norm: nn.Module, conv: nn.Module) -> bool:
+def asks_ahead(exchange: Exchange, norm: nn.Module, conv: nn.Module) -> bool:
     """Whether the rows for `conv` may come from before `norm`; the same answer on all ranks."""
     plain = plain_convolution(conv)
     return (
-        exchange is not None
-        and exchange.halo_ahead
+        exchange.halo_ahead
         and isinstance(norm, BandGroupNorm)
         and isinstance(plain, BandConv2d)
         and plain.halo_rows() == (1, 1)  # a dilated one reaches further
@@ -92,19 +78,18 @@ def asks_ahead(exchange: Exchange | None, norm: nn.Module, conv: nn.Module) -> b
     )
 
 
-def convolve_normalised(
-    exchange: Exchange,
-    norm: nn.GroupNorm,
-    activate: Callable[[Tensor], Tensor],
-    conv: nn.Module,
-    x: Tensor,
+def normalise_and_convolve(
+    norm: nn.GroupNorm, activate: Callable[[Tensor], Tensor], conv: nn.Module, x: Tensor
 ) -> Tensor:
-    """conv(activate(norm(x))) in one round of messages, where `asks_ahead`.
+    """conv(activate(norm(x))), in one round of messages where `asks_ahead`.
 
     Args:
         activate: looks at each number by itself, and may change what it is given.
         x: [B, C, h, W]
     """
+    exchange = current_exchange()
+    if exchange is None or not asks_ahead(exchange, norm, conv):
+        return conv(activate(norm(x)))
     halo = exchange.halo_later(plain_convolution(conv), x, 1, 1, shared=True)
     mean, variance = exchange.statistics(norm, [x], norm.num_groups)
     batch, channels, height, width = x.shape

@@ -115,12 +115,13 @@ def unet_parts(job: Job, rung: Rung) -> list[Part]:
     unet, traffic, kept = job.networks.unet, Traffic(), job.kept_bytes(rung)
     memory.apply(unet, memory_options(job.settings))
     without_boundary(unet)
-    fold_upsampling(unet)
     if job.ranks > 1:
         groups = job.groups(rung)
         mesh = PretendedMesh.of(job.ranks, rung.height // 8, job.row_multiple, groups)
         exchange = _exchange(job.settings)
         _band(unet, UNetBoundary, share_out(mesh, groups, exchange, False, traffic))
+    else:
+        fold_upsampling(unet)
     parts = [Part("UNet", _step(job, rung, traffic), rung.steps_run, kept)]
     if calls := dilated_steps(job.settings, rung):
         with dilated(unet, rung.scale):
@@ -290,10 +291,11 @@ def _short_bands(chunk_rows: int) -> tuple[int, int]:
 def _run(job: Job, rung: Rung, passage: Passage, rows: int, codec_: codec.Codec) -> Cost:
     vae, traffic = job.networks.vae, Traffic()
     without_boundary(vae)
-    fold_upsampling(vae)
     if job.ranks > 1:
         mesh = PretendedMesh.of(job.ranks, rows)
         _band(vae, VAEBoundary, share_out(mesh, 1, ExactExchange, False, traffic))
+    else:
+        fold_upsampling(vae)
     if isinstance(codec_, codec.Streaming):
         # It thins the picture out to every s-th row and column: the same s for fewer rows.
         share = max(8 * rows, rung.width) / max(rung.height, rung.width)
