@@ -402,8 +402,9 @@ class Settings(BaseModel):
     )
     kernels: Literal["plain", "fused"] = Field(
         default="plain",
-        description="How linear attention computes on GPUs: 'plain' by torch, 'fused' by Triton in "
-        "two passes, which no GPU has run yet.",
+        description="How linear attention, group norms with SiLU (over bands, in chunks of rows) "
+        "and the gates of feed-forwards compute on GPUs: 'plain' by torch, 'fused' by Triton in "
+        "fewer passes, which no GPU has run yet.",
     )
     mesh: MeshSettings = Field(
         default=MeshSettings(), description="How the ranks share out the work."
@@ -479,7 +480,7 @@ class Settings(BaseModel):
         softmax, double = self.linfusion == "none", self.dtype == "float64"
         if self.kernels == "fused" and (softmax or double):
             raise ValueError(
-                "kernels fused are of linear attention and in fp32, fp16 or bf16: choose another "
+                "kernels fused need linear attention, in fp32, fp16 or bf16: choose another "
                 f"{'linfusion' if softmax else 'dtype'}, or leave kernels out"
             )
         return self

@@ -23,6 +23,7 @@ from typing import Any, Self
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
@@ -32,6 +33,7 @@ from engine.bands import mean_over_bands
 from engine.config import UserError
 from engine.kernels import fused, streamed
 from engine.kernels.formula import apply_state, attention_state
+from engine.kernels.pointwise import FusedGEGLU, FusedSiLU
 
 _WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
@@ -176,25 +178,36 @@ def _nonlinear_projection(dim: int, mid_dim: int | None) -> nn.Module:
     )
 
 
-_KERNELS: dict[str, type[LinearAttention]] = {
-    "plain": LinearAttention,
-    "fused": FusedLinearAttention,
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    LinearAttention: FusedLinearAttention,
+    nn.SiLU: FusedSiLU,
+    GEGLU: FusedGEGLU,
 }
+_KERNELS = {"plain": {fused: plain for plain, fused in _FUSED.items()}, "fused": _FUSED}
 
 
 def choose_kernels(unet: nn.Module, kernels: str) -> None:
-    """Let the linear attentions of `unet` compute by "plain" or by "fused" kernels, in place.
+    """Let `unet` compute by "plain" or by "fused" kernels, in place.
 
-    Before or after `engine.distribute`. Names, weights and what is saved stay as they are.
+    These are of linear attention, of group norms with the SiLU behind them where the norm's sums
+    are taken apart (over bands, in chunks of rows), and of the gates of feed-forwards. Before or
+    after `engine.distribute`, before `engine.memory.apply`. Names, weights and what is saved stay
+    as they are.
 
     Raises:
-        UserError: there are no such kernels.
+        UserError: there are no such kernels, or settings that save memory have changed the gates.
     """
     if kernels not in _KERNELS:
         raise UserError(f"there are no kernels {kernels!r}: choose {' or '.join(_KERNELS)}")
-    for _, attention in self_attentions(unet):
-        if type(attention) in _KERNELS.values():
-            attention.__class__ = _KERNELS[kernels]
+    gates = {type(module) for module in unet.modules() if isinstance(module, GEGLU)}
+    if gates - {GEGLU, FusedGEGLU}:
+        raise UserError(
+            "settings that save memory have been applied to this UNet: choose its kernels before "
+            "them, or call engine.memory.remove first"
+        )
+    for module in unet.modules():
+        if swapped := _KERNELS[kernels].get(type(module)):
+            module.__class__ = swapped
 
 
 def require_kernels(kernels: str, device: torch.device) -> None:

@@ -34,12 +34,13 @@ from engine.bands.layers import (
     BandUpsample2D,
     can_double,
     global_statistics,
-    normalise,
+    normalise_and_activate,
     plain_convolution,
 )
 from engine.bands.resnet import asks_ahead, normalise_and_convolve
 from engine.config import UserError
 from engine.kernels.convolution import convolve_doubled
+from engine.kernels.pointwise import FusedSiLU
 
 Rows = Callable[[int, int], Tensor]  # rows [start, stop) of a tensor that is never held whole
 
@@ -105,6 +106,7 @@ class InplaceResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
 
     def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
         """[B, C, h, W] -> [B, C', h, W]"""
+        activate = silu_in_place(self)
         hidden = normalise_and_convolve(self.norm1, activate, self.conv1, input_tensor)
         hidden = add_in_place(hidden, self._time_shift(temb))
         hidden = normalise_and_convolve(self.norm2, activate, self.conv2, hidden)
@@ -136,7 +138,7 @@ class ChunkedResnetBlock2D(InplaceResnetBlock2D):
 
     def _first_half(self, parts: list[Tensor], shift: Tensor) -> Tensor:
         """conv1(silu(norm1(x))) + shift"""
-        read, edges = _activated(self.norm1, self.conv1, parts)
+        read, edges = _activated(self.norm1, silu_in_place(self), self.conv1, parts)
         height, out = parts[0].shape[2], None
         for rows, y in convolve(self.conv1, read, height, self.row_chunks, edges):
             out = _room(y, height) if out is None else out
@@ -146,7 +148,7 @@ class ChunkedResnetBlock2D(InplaceResnetBlock2D):
 
     def _second_half(self, hidden: Tensor, parts: list[Tensor]) -> Tensor:
         """(conv2(silu(norm2(hidden))) + shortcut(x)) / scale, written over `hidden`."""
-        read, edges = _activated(self.norm2, self.conv2, [hidden])
+        read, edges = _activated(self.norm2, silu_in_place(self), self.conv2, [hidden])
         dtype = torch.promote_types(hidden.dtype, parts[0].dtype)  # they differ under autocast
         out = hidden if hidden.dtype == dtype else torch.empty_like(hidden, dtype=dtype)
         for rows, y in convolve(self.conv2, read, hidden.shape[2], self.row_chunks, edges):
@@ -166,13 +168,16 @@ def add_in_place(x: Tensor, y: Tensor) -> Tensor:
     return x.add_(y) if torch.promote_types(x.dtype, y.dtype) == x.dtype else x + y
 
 
-def activate(x: Tensor) -> Tensor:
-    """SiLU, in place."""
-    return F.silu(x, inplace=True)
+_SILU, _FUSED_SILU = nn.SiLU(inplace=True), FusedSiLU(inplace=True)
+
+
+def silu_in_place(block: ResnetBlock2D) -> nn.SiLU:
+    """SiLU over its own input, fused with the norm before it if the block's own is."""
+    return _FUSED_SILU if isinstance(block.nonlinearity, FusedSiLU) else _SILU
 
 
 def _activated(
-    norm: nn.GroupNorm, conv: nn.Module, parts: list[Tensor]
+    norm: nn.GroupNorm, activate: nn.SiLU, conv: nn.Module, parts: list[Tensor]
 ) -> tuple[Rows, Edges | None]:
     """silu(norm(x)) of the parts' channels one after the other, on its way to `conv`.
 
@@ -190,7 +195,7 @@ def _activated(
     mean, variance = global_statistics(norm, exchange, parts)
 
     def normalised(x: Tensor) -> Tensor:
-        return activate(normalise(norm, x, mean, variance))
+        return normalise_and_activate(norm, activate, x, mean, variance)
 
     def read(start: int, stop: int) -> Tensor:
         return normalised(raw(start, stop))

@@ -5,6 +5,7 @@ names, weights, hooks and state-dict keys stay as they were, and a LoRA library 
 `type(layer)(...)` builds banded layers too. Outside of `banded(...)` each is the plain layer.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from engine.bands.context import current_exchange
 from engine.bands.exchange import Exchange, mean_and_variance, moments
 from engine.bands.rows import halo_rows
 from engine.config import UserError
+from engine.kernels import pointwise
 from engine.kernels.convolution import convolve_by_rows, convolve_doubled
 
 
@@ -171,6 +173,34 @@ def normalise(norm: nn.GroupNorm, x: Tensor, mean: Tensor, variance: Tensor) -> 
         eps=norm.eps,
     )
     return normalised.view(x.shape)
+
+
+def normalise_and_activate(
+    norm: nn.GroupNorm,
+    activate: Callable[[Tensor], Tensor],
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:
+    """activate(normalise(x)), by one kernel where `activate` is a `FusedSiLU` that it can be.
+
+    What travels between ranks has travelled before, so that each rank may choose by itself.
+
+    Args:
+        x: [B, C, h, W]
+        mean, variance: [B, groups]
+        out: [B, C, h, W], of any strides, to write into.
+    """
+    if _can_fuse(norm, activate, *([x] if out is None else [x, out])):
+        return pointwise.norm_silu(norm, x, mean, variance, out)
+    y = activate(normalise(norm, x, mean, variance))
+    return y if out is None else out.copy_(y)
+
+
+def _can_fuse(norm: nn.GroupNorm, activate: object, *tensors: Tensor) -> bool:
+    fuses = isinstance(activate, pointwise.FusedSiLU) and not has_hooks(activate)
+    return fuses and pointwise.can_norm_silu(norm, *tensors)
 
 
 # These compute the same function, by slices or by another kernel; bands do it their own way.

@@ -25,7 +25,7 @@ from engine.bands.layers import (
     BandConv2d,
     BandGroupNorm,
     has_hooks,
-    normalise,
+    normalise_and_activate,
     plain_convolution,
 )
 
@@ -47,7 +47,8 @@ class BandResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
         if self.time_emb_proj is not None:
             active = temb if self.skip_time_act else self.nonlinearity(temb)
             hidden = hidden + self.time_emb_proj(active)[:, :, None, None]
-        hidden = normalise_and_convolve(self.norm2, self._activate, self.conv2, hidden)
+        activate = self._activate if self._drops() else self.nonlinearity
+        hidden = normalise_and_convolve(self.norm2, activate, self.conv2, hidden)
         shortcut = around(hidden.shape[2])
         if self.conv_shortcut is not None:
             shortcut = self.conv_shortcut(shortcut)
@@ -55,6 +56,9 @@ class BandResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
 
     def _activate(self, x: Tensor) -> Tensor:
         return self.dropout(self.nonlinearity(x))
+
+    def _drops(self) -> bool:
+        return self.dropout.training or has_hooks(self.dropout)
 
 
 def is_usual(block: ResnetBlock2D) -> bool:
@@ -89,15 +93,31 @@ def normalise_and_convolve(
     """
     exchange = current_exchange()
     if exchange is None or not asks_ahead(exchange, norm, conv):
-        return conv(activate(norm(x)))
+        return conv(_normalise_and_activate(norm, activate, exchange, x))
     halo = exchange.halo_later(plain_convolution(conv), x, 1, 1, shared=True)
     mean, variance = exchange.statistics(norm, [x], norm.num_groups)
     batch, channels, height, width = x.shape
     room = x.new_empty(batch, channels, height + 2, width)
-    room[:, :, 1:-1] = activate(normalise(norm, x, mean, variance))
+    normalise_and_activate(norm, activate, x, mean, variance, out=room[:, :, 1:-1])
     for place, rows in zip((0, height + 1), halo(), strict=True):
-        room[:, :, place : place + 1] = (
-            0 if rows is None else activate(normalise(norm, rows, mean, variance))
-        )
+        row = room[:, :, place : place + 1]
+        if rows is None:
+            row.zero_()
+        else:
+            normalise_and_activate(norm, activate, rows, mean, variance, out=row)
     with banded(Fetched(room)):
         return conv(room[:, :, 1:-1])
+
+
+def _normalise_and_activate(
+    norm: nn.GroupNorm, activate: Callable[[Tensor], Tensor], exchange: Exchange | None, x: Tensor
+) -> Tensor:
+    """activate(norm(x)); over bands the norm takes its sums apart, so one kernel may do the rest.
+
+    Of a whole picture torch's norm does both, and sums taken apart would cost what that kernel
+    saves.
+    """
+    if exchange is None or not isinstance(norm, BandGroupNorm) or has_hooks(norm):
+        return activate(norm(x))
+    mean, variance = exchange.statistics(norm, [x], norm.num_groups)
+    return normalise_and_activate(norm, activate, x, mean, variance)

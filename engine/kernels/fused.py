@@ -36,7 +36,8 @@ from engine.kernels.formula import NORMALISER_EPS
 
 MOST_WIDE = 160
 """what a head may measure: a state of more does not stay in registers"""
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""what there are kernels for"""
 
 
 @cache
@@ -62,7 +63,7 @@ def is_available(device: torch.device) -> bool:
 def can_compute(x: Tensor, width: int) -> bool:
     """Whether the kernels take tensors like `x`, in heads so wide. They have no gradients."""
     wanted = torch.is_grad_enabled() and x.requires_grad
-    return width <= MOST_WIDE and x.dtype in _DTYPES and not wanted and is_available(x.device)
+    return width <= MOST_WIDE and x.dtype in DTYPES and not wanted and is_available(x.device)
 
 
 @dataclass(frozen=True)

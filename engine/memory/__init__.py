@@ -53,6 +53,7 @@ from engine.bands.chunks import (
 from engine.bands.layers import BandConv2d, BandUpsample2D, plain_convolution
 from engine.bands.resnet import BandResnetBlock2D
 from engine.config import UserError
+from engine.kernels.pointwise import FusedGEGLU
 from engine.memory.skips import (
     HostCrossAttnDownBlock2D,
     HostDownBlock2D,
@@ -61,7 +62,12 @@ from engine.memory.skips import (
     LateJoinUpBlock2D,
     require_device,
 )
-from engine.memory.transformer import ChunkedTransformer2D, ChunkedTransformerBlock, InplaceGEGLU
+from engine.memory.transformer import (
+    ChunkedTransformer2D,
+    ChunkedTransformerBlock,
+    FusedInplaceGEGLU,
+    InplaceGEGLU,
+)
 from engine.memory.weights import is_sharded, require_ranks, shard, unshard
 
 
@@ -153,7 +159,11 @@ def remove(unet: UNet2DConditionModel) -> None:
 
 Swaps = dict[type[nn.Module], type[nn.Module]]
 
-_TRANSFORMER: Swaps = {BasicTransformerBlock: ChunkedTransformerBlock, GEGLU: InplaceGEGLU}
+_TRANSFORMER: Swaps = {
+    BasicTransformerBlock: ChunkedTransformerBlock,
+    GEGLU: InplaceGEGLU,
+    FusedGEGLU: FusedInplaceGEGLU,
+}
 _TOKENS: Swaps = {**_TRANSFORMER, Transformer2DModel: ChunkedTransformer2D}
 _LATE_JOIN: Swaps = {
     UpBlock2D: LateJoinUpBlock2D,

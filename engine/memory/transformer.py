@@ -35,11 +35,11 @@ from diffusers.models.attention_processor import (
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from engine.bands import current_exchange
 from engine.bands.chunks import split_evenly
 from engine.bands.layers import global_statistics, normalise
+from engine.kernels.pointwise import FusedGEGLU, geglu, plain_geglu
 from engine.linfusion import LinearAttention
 
 # These treat each query by itself; others may keep maps of all, as attention editors do.
@@ -56,8 +56,15 @@ class InplaceGEGLU(GEGLU):  # type: ignore[misc]
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         """[B, n, C] -> [B, n, 4 C]"""
-        hidden, gate = self.proj(hidden_states).chunk(2, dim=-1)
-        return hidden.mul_(F.gelu(gate))
+        return plain_geglu(self.proj(hidden_states), in_place=True)
+
+
+class FusedInplaceGEGLU(FusedGEGLU):
+    """The same in one pass, without room for the activated gate."""
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """[B, n, C] -> [B, n, 4 C]"""
+        return geglu(self.proj(hidden_states), in_place=True)
 
 
 class ChunkedTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]
