@@ -13,6 +13,7 @@ from engine.bands import open_mesh
 from engine.config import Settings, UserError
 from engine.kernels import fused
 from engine.linfusion import FusedLinearAttention
+from engine.memory import MemoryOptions, apply
 from engine.pipeline import Engine
 from tests.models import tiny_unet
 
@@ -31,10 +32,11 @@ def run(*arguments, **environment):
 
 
 @pytest.mark.slow
-def test_the_kernels_in_tritons_interpreter():
+@pytest.mark.parametrize("file", ["tests/interpreted.py", "tests/interpreted_pointwise.py"])
+def test_the_kernels_in_tritons_interpreter(file):
     if not fused.is_installed():
         pytest.skip("needs Triton: pip install triton")
-    done = run("-m", "pytest", "tests/interpreted.py", "--durations=5", TRITON_INTERPRET="1")
+    done = run("-m", "pytest", file, "--durations=5", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "skipped" not in done.stdout
 
@@ -46,7 +48,8 @@ def test_the_engine_does_without_triton():
         "import torch, engine.pipeline\n"
         "from engine.kernels import fused\n"
         "assert not fused.is_available(torch.device('cuda'))\n"
-        "assert 'engine.kernels.fused_triton' not in sys.modules",
+        "assert 'engine.kernels.fused_triton' not in sys.modules\n"
+        "assert 'engine.kernels.pointwise_triton' not in sys.modules",
     )
     assert done.returncode == 0, done.stderr
 
@@ -77,14 +80,17 @@ def test_kernels_do_not_determine_the_picture_but_for_rounding():
 
 @pytest.mark.skipif(fused.is_interpreted(), reason="the interpreter computes on the CPU")
 @torch.no_grad()
-def test_on_the_cpu_the_fused_module_is_the_plain_one():
+def test_on_the_cpu_the_fused_network_is_the_plain_one():
     unet = tiny_unet(dtype=torch.float32)
     module = next(a for _, a in linfusion.self_attentions(unet))
-    x = torch.randn(1, 70, 16)
-    expected = module(x)
+    x, sample, text = torch.randn(1, 70, 16), torch.randn(1, 4, 16, 12), torch.randn(1, 5, 24)
+    expected, picture = module(x), unet(sample, 9, text).sample
     linfusion.choose_kernels(unet, "fused")
     assert type(module) is FusedLinearAttention
     assert torch.equal(module(x), expected)
+    assert torch.equal(unet(sample, 9, text).sample, picture)
+    apply(unet, MemoryOptions(inplace_activations=True))
+    assert torch.allclose(unet(sample, 9, text).sample, picture, atol=1e-5)
 
 
 def test_unknown_kernels_are_refused():
