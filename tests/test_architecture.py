@@ -44,6 +44,7 @@ FLOORS = {
     "engine.generate": 11,
     "engine.worker": 11,
     "engine.serve": 12,
+    "engine.distill": 12,
 }
 TRAINING_FLOOR = 9  # engine.demo.train and what is around it: a command of its own
 MODULES = sorted(ENGINE.rglob("*.py"))

@@ -74,7 +74,7 @@ def render_buckets(run: Run) -> None:
         captions = {}
         mine = range(run.rank, bucket.count, run.ranks)
         for number in tqdm(mine, bucket.name, disable=run.rank > 0, mininterval=5):
-            pictures[number], captions[number] = _picture(bucket, number)
+            pictures[number], captions[number] = draw_picture(bucket, number)
         run.barrier()
         parts[run.rank].write_text(json.dumps(captions))
 
@@ -92,7 +92,7 @@ def load_bucket(bucket: Bucket, work: Path) -> tuple[NDArray[np.uint8], list[lis
     return pictures, [captions[number] for number in range(bucket.count)]
 
 
-def _picture(bucket: Bucket, number: int) -> tuple[NDArray[np.uint8], list[str]]:
+def draw_picture(bucket: Bucket, number: int) -> tuple[NDArray[np.uint8], list[str]]:
     seed = [bucket.height, bucket.width, int(bucket.close_up), number]
     rng = np.random.default_rng(seed)
     scene = draw_scene(int(rng.integers(2**31)))
