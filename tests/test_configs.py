@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from engine.config import Settings
+from engine.distill.settings import DistillSettings
 from engine.jobs import read_job
 from engine.plan.needs import DryRun
 from engine.simulation import CudaKernels
 from tests.shapes import sd15, sdxl
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+DISTILL = [file for file in FILES if file.stem.startswith("distill_")]
+CONFIGS = [file for file in FILES if file not in DISTILL]
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
@@ -20,6 +23,13 @@ def test_every_file_works(file):
     assert all(isinstance(row.settings, Settings) for row in job.rows)
     if not job.many:
         assert job.settings.output.stem == file.stem
+
+
+@pytest.mark.parametrize("file", DISTILL, ids=lambda file: file.stem)
+def test_every_distillation_works(file):
+    settings = DistillSettings.load(["--config", str(file)])
+    assert settings.output.stem == file.stem
+    assert settings.facts()
 
 
 @pytest.mark.long

@@ -138,15 +138,12 @@ class Replicas:
         self._optimizer = _adamw(optimizer, self._parameters)
         self._module: Any = distiller
         if mesh.size > 1:
-            self._module = nn.parallel.DistributedDataParallel(
-                distiller, process_group=mesh.group, broadcast_buffers=False
-            )
+            self._module = nn.parallel.DistributedDataParallel(distiller, process_group=mesh.group)
 
     def losses(self, lesson: Lesson, last: bool) -> Tensor:
         silent = not last and self._mesh.size > 1
-        with (
-            self._module.no_sync() if silent else nullcontext()
-        ):  # DDP asks in its forward whether backward is to exchange anything
+        # DDP asks in its forward whether backward is to exchange anything.
+        with self._module.no_sync() if silent else nullcontext():
             losses: Tensor = self._module(lesson)
         return losses
 

@@ -2,8 +2,8 @@
 
 A batch may thus be cut over any number of ranks, and a run go on after a kill, with the very same
 pictures, noise and times. Pictures are drawn with replacement, so there are no epochs to keep
-track of. Of several shapes, one is drawn for the whole step, so that a batch is of one shape and all
-ranks take equally long; each picture is as likely as any other, whatever its shape.
+track of. Of several shapes, one is drawn for the whole step, so that a batch is of one shape and
+all ranks take equally long; each picture is as likely as any other, whatever its shape.
 """
 
 import hashlib

@@ -168,8 +168,10 @@ class Evaluator:
     def _painting_by(self, unet: nn.Module) -> Iterator[None]:
         pipe = self._teacher.pipe
         own, pipe.unet = pipe.unet, unet
-        yield
-        pipe.unet = own
+        try:
+            yield
+        finally:
+            pipe.unet = own
 
     @torch.no_grad()
     def _paint(self, index: int) -> Picture:

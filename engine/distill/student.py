@@ -99,9 +99,11 @@ def _noted(unet: nn.Module) -> Iterator[list[Tensor]]:
         features.append(output)
 
     hooks = [attention.register_forward_hook(note) for attention in attentions(unet)]
-    yield features
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield features
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class Distiller(nn.Module):

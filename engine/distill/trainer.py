@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,11 @@ def distil(settings: DistillSettings, mesh: Mesh, control: Control) -> tuple[int
 def _check(settings: DistillSettings) -> tuple[Source, int]:
     """What can be told before weights are loaded: (the source, the model's side in px)."""
     require_backend(settings.backend)
+    if settings.evaluation.pictures and find_spec("skimage") is None:
+        raise UserError(
+            "evaluation.pictures: scikit-image, which compares them, is not installed; "
+            "pip install 'linfusion-engine[distill]', or choose 0"
+        )
     kept = kept_state(settings.output)
     if kept is not None and not settings.resume:
         raise UserError(
@@ -90,6 +96,15 @@ def _check(settings: DistillSettings) -> tuple[Source, int]:
     if settings.evaluation.beside is not None:
         linfusion.read_config(settings.evaluation.beside)
     return open_source(settings.data), describe_teacher(settings.model)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"output: {folder} cannot be made ({error.strerror or error}); choose another folder"
+        ) from error
 
 
 def _require_same(folder: Path, kept: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -249,8 +264,10 @@ class _Run:
 
     def _resume(self) -> int:
         folder = self._settings.output
-        self._mesh.agree(lambda: folder.mkdir(parents=True, exist_ok=True))
-        if (about := kept_state(folder)) is None:
+        self._mesh.agree(lambda: _make(folder))
+        # Rank 0's answer is everybody's: a folder that is not shared fails at `load`, on all.
+        about = self._mesh.gather_objects(self._mesh.agree(lambda: kept_state(folder)))[0]
+        if about is None:
             return 0
         _require_same(folder, about["facts"], self._facts)
         kept = self._mesh.agree(lambda: self._backend.load(folder))
