@@ -48,11 +48,14 @@ class Answer:
     features: list[Tensor]
 
 
-def build_student(teacher: nn.Module, begin: Path | None = None, own: bool = False) -> nn.Module:
+def build_student(
+    teacher: nn.Module, begin: Path | None = None, own: bool = False, seed: int = 0
+) -> nn.Module:
     """A student of the UNet `teacher`; its self-attentions require gradients and are in fp32.
 
     Args:
-        begin: LinFusion modules to go on from; by default the teacher's own projections.
+        begin: LinFusion modules to go on from; by default the teacher's own projections, and MLPs
+            of random weights that depend on `seed` alone.
         own: all tensors are copies, for a backend that shares them out over ranks.
 
     Raises:
@@ -61,7 +64,9 @@ def build_student(teacher: nn.Module, begin: Path | None = None, own: bool = Fal
     shared = {} if own else {id(x): x for x in (*teacher.parameters(), *teacher.buffers())}
     student = copy.deepcopy(teacher, shared)
     if begin is None:
-        linfusion.convert(student)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            linfusion.convert(student)
     else:
         linfusion.load(student, begin)
     for attention in attentions(student):

@@ -149,7 +149,9 @@ class _Run:
         self._settings, self._mesh, self._control = settings, mesh, control
         self._teacher, self._pictures = teacher, pictures
         own = settings.backend.name == "deepspeed" and settings.backend.stage == "3"
-        student = mesh.agree(lambda: build_student(teacher.unet, settings.begin, own))
+        student = mesh.agree(
+            lambda: build_student(teacher.unet, settings.begin, own, settings.seed)
+        )
         self._averaged = build_student(teacher.unet).requires_grad_(False)
         for attention in attentions(self._averaged):
             attention.to(teacher.dtype)
