@@ -1,6 +1,5 @@
 """Distillation: one curve on any number of ranks and after any interruption, for every family."""
 
-import math
 import signal
 import subprocess
 import sys
@@ -141,8 +140,10 @@ def test_killed_it_goes_on_from_its_last_checkpoint(folder):
     """A real process, killed in the middle of a step after the checkpoint of 20 steps."""
     settings = run_in(folder, "killed")
     flags = flags_of(folder, "killed")
-    process = subprocess.Popen([sys.executable, "-m", "engine.distill", *flags, "--progress", "plain"],
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    command = [sys.executable, "-m", "engine.distill", *flags, "--progress", "plain"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     for line in process.stdout:
         if "step 27" in line:
             process.send_signal(signal.SIGKILL)
@@ -234,8 +235,7 @@ def test_settings_that_do_not_go_together_are_refused(flags, said):
 
 
 def test_the_command_line_refuses_before_weights(tmp_path):
-    code, out, err = torchrun(2, "-m", "engine.distill", "--model", tmp_path / "none")
-    assert code == 1  # torchrun's own; each rank's is below
+    code, _, err = torchrun(2, "-m", "engine.distill", "--model", tmp_path / "none")
+    assert code == 1  # torchrun's own; that of each rank is in what it says
     assert f"exitcode  : {MISTAKEN}" in err
-    assert err.count("error:") == 1 or "error: model" in err
-    assert not math.isnan(code)
+    assert err.count("error: ") == 1

@@ -256,6 +256,11 @@ def first_host() -> str:
     return os.environ.get("MASTER_ADDR", "localhost")
 
 
+def name_local_rank(device: torch.device) -> None:
+    """For libraries that ask the environment, where no launcher has put it there."""
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+
+
 def _choose_device(wanted: str) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
