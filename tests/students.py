@@ -10,7 +10,6 @@ from PIL import Image
 from engine.bands import Mesh
 from engine.distill.settings import DistillSettings
 from engine.distill.trainer import Control, distil
-from engine.progress import silent
 from tests import families
 
 SIDE = 64  # px; eight times what the tiny UNets are made for
@@ -52,11 +51,13 @@ def control(stop_at: int | None = None, said: list[str] | None = None) -> Contro
     """Nobody listens; a signal comes after `stop_at` steps, what is said goes to `said`."""
     steps = [0]
 
-    def told() -> bool:
+    def count(_progress: object) -> None:
         steps[0] += 1
-        return steps[0] == stop_at
 
-    return Control(silent, lambda what: None, told, (said if said is not None else []).append)
+    def told() -> bool:
+        return stop_at is not None and steps[0] >= stop_at
+
+    return Control(count, lambda what: None, told, (said if said is not None else []).append)
 
 
 def distil_alone(settings: DistillSettings, stop_at: int | None = None) -> tuple[int, str]:

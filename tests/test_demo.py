@@ -1,6 +1,7 @@
 """The demo model: its data, its training, and what the shipped weights paint."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from engine.demo.data import buckets, load_bucket, render_buckets
 from engine.demo.fit import Run, Stage
 from engine.demo.landscapes import Scene, draw_scene, render
 from engine.demo.train import train
+from engine.distill.settings import DistillSettings
+from tests.students import distil_alone
 
 SEEDS = 10
 
@@ -84,17 +87,21 @@ def test_nights_are_dark_and_lakes_mirror_in_the_data() -> None:
 
 @pytest.mark.long
 def test_every_stage_of_training_runs(tmp_path: Path) -> None:
-    """A few steps of everything, from rendering to a folder that diffusers loads and paints with;
-    run again, it finds all done."""
+    """A few steps of everything, from rendering to a folder that diffusers loads and paints with,
+    once its attention is distilled; run again, it finds all done."""
     run, out = Run(tmp_path, fast=True), tmp_path / "out"
     train(run, out)
+    work = ["--output", str(tmp_path / "distill"), "--data.pictures", "60"]
+    few = ["--steps", "3", "--batch", "2", "--data.held-out", "4", "--evaluation.pictures", "0"]
+    distil_alone(DistillSettings.load(["--model", str(out), *work, *few]))
+    shutil.copytree(tmp_path / "distill" / "linfusion", out / "linfusion")
     pipeline = _load(out)
     picture = pipeline("a lake at night", height=64, width=96, num_inference_steps=2).images[0]
     assert picture.size == (96, 64)
     made = (tmp_path / "unet.pt").stat().st_mtime_ns
     train(run, tmp_path / "again")
     assert (tmp_path / "unet.pt").stat().st_mtime_ns == made
-    for name in ("unet", "linfusion", "vae"):
+    for name in ("unet", "vae"):
         weights = f"{name}/diffusion_pytorch_model.safetensors"
         assert (tmp_path / "again" / weights).read_bytes() == (out / weights).read_bytes()
 

@@ -1,9 +1,10 @@
 """Make the demo model: `python -m engine.demo.train`.
 
 The stages, in order: *data* (render the landscapes), *vae* (the autoencoder), *latents* (encode
-them all), *unet* (text encoder and UNet), *decoder* (sharpen the VAE's decoder), *distill* (the
-linear attention), *weights* (write the diffusers folder). Each goes on where a killed run left it,
-and does nothing when it is done. Two CPU cores take under two hours; a GPU is much faster.
+them all), *unet* (text encoder and UNet), *decoder* (sharpen the VAE's decoder), *weights* (write
+the diffusers folder). Each goes on where a killed run left it, and does nothing when it is done.
+Two CPU cores take under two hours; a GPU is much faster. The linear attention is then distilled
+from it as from any other model: `engine.distill` with `configs/distill_demo.yaml`.
 """
 
 import argparse
@@ -14,15 +15,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch.multiprocessing.spawn import spawn
 
-from engine import linfusion
-from engine.demo import WEIGHTS, data, distill, unet, vae
+from engine.demo import WEIGHTS, data, unet, vae
 from engine.demo.fit import Run
 from engine.demo.unet import PromptedUNet
 
-STAGES = ("data", "vae", "latents", "unet", "decoder", "distill", "weights")
+STAGES = ("data", "vae", "latents", "unet", "decoder", "weights")
 
 
 def main() -> None:
@@ -76,21 +76,13 @@ def _stages(run: Run, out: Path) -> Iterator[str]:
     yield "unet"
     vae.train_decoder(run, autoencoder)
     yield "decoder"
-    student = distill.train(run, teacher)
-    yield "distill"
     if run.rank == 0:
-        save(autoencoder, teacher, student, run.work, out)
+        save(autoencoder, teacher, run.work, out)
     yield "weights"
 
 
-def save(
-    autoencoder: AutoencoderKL,
-    teacher: PromptedUNet,
-    student: UNet2DConditionModel,
-    work: Path,
-    out: Path,
-) -> None:
-    """Write the folder that diffusers and `engine.linfusion` load, in fp16."""
+def save(autoencoder: AutoencoderKL, teacher: PromptedUNet, work: Path, out: Path) -> None:
+    """Write the folder that diffusers loads, in fp16."""
     autoencoder.register_to_config(scaling_factor=unet.scaling_factor(work), force_upcast=False)
     pipeline = StableDiffusionPipeline(
         vae=autoencoder,
@@ -104,7 +96,6 @@ def save(
     )
     pipeline.to(torch.float16)
     pipeline.save_pretrained(out)
-    linfusion.save(student.half(), out / "linfusion")
     _tidy(out)
 
 

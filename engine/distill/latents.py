@@ -74,9 +74,11 @@ class PictureSet:
 
 def encode_all(
     source: Source, shapes: list[Shape], teacher: Teacher, folder: Path, mesh: Mesh,
-    doing: Callable[[str], object],
-) -> tuple[list[Path], str]:  # fmt: skip
+    doing: Callable[[str], object], told_to_stop: Callable[[], bool],
+) -> tuple[list[Path], str] | None:  # fmt: skip
     """Encode what is not encoded yet, each rank its share; (the files, the digest).
+
+    None where some rank was told to stop on the way.
 
     Args:
         shapes: to cut pictures to; without any they are of the source's own shapes.
@@ -95,7 +97,7 @@ def encode_all(
         try:
             place.mkdir(parents=True, exist_ok=True)
             for unit, file in list(zip(units, files, strict=True))[mesh.rank :: mesh.size]:
-                if not file.exists():
+                if not file.exists() and not told_to_stop():
                     doing(f"encoding {unit.name}, one of {len(units)} parts of the pictures")
                     _encode(source, unit, shapes, teacher, file)
         except OSError as error:
@@ -105,7 +107,7 @@ def encode_all(
             ) from error
 
     mesh.agree(encode)
-    return files, digest
+    return None if mesh.any(told_to_stop()) else (files, digest)
 
 
 def read_set(files: list[Path], digest: str, held_out: int) -> PictureSet:

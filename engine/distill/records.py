@@ -58,8 +58,8 @@ class Curve:
             steps = [record.step for record in self.records]
             smooth = list(_smoothed(values))
             axes.plot(steps, smooth, label=f"{name} ({smooth[-1]:.4g})")
-        axes.set(yscale="log", xlabel="step", title="losses, smoothed; the last in brackets")
-        axes.legend(frameon=False)
+        axes.set(yscale="log", xlabel="step", ylabel="smoothed; the last in brackets")
+        figure.legend(loc="outside upper center", ncols=4, frameon=False)
         temporary = self._file.with_suffix(".tmp.png")
         figure.savefig(temporary, dpi=120)
         os.replace(temporary, self._file.with_suffix(".png"))

@@ -72,6 +72,8 @@ def distil(settings: DistillSettings, mesh: Mesh, control: Control) -> tuple[int
     dtype = getattr(torch, settings.dtype)
     teacher = mesh.agree(lambda: load_teacher(settings.model, mesh.device, dtype))
     pictures = _pictures(settings, source, side, teacher, mesh, control)
+    if pictures is None:
+        return STOPPED, "stopped while pictures were encoded; the same command goes on"
     return _Run(settings, mesh, control, teacher, pictures).run()
 
 
@@ -120,7 +122,8 @@ def _require_same(folder: Path, kept: dict[str, Any], asked: dict[str, Any]) -> 
 def _pictures(
     settings: DistillSettings, source: Source, side: int, teacher: Teacher, mesh: Mesh,
     control: Control,
-) -> PictureSet:  # fmt: skip
+) -> PictureSet | None:  # fmt: skip
+    """The pictures as latents; None where a signal came before they were all encoded."""
     data = settings.data
     shapes = []
     if data.source != LANDSCAPES:
@@ -132,7 +135,10 @@ def _pictures(
                 f"{data.multiple} px; {side} or less would work"
             )
     folder = data.cache or settings.output / "cache"
-    files, digest = encode_all(source, shapes, teacher, folder, mesh, control.doing)
+    encoded = encode_all(source, shapes, teacher, folder, mesh, control.doing, control.told_to_stop)
+    if encoded is None:
+        return None
+    files, digest = encoded
     pictures = mesh.agree(lambda: read_set(files, digest, data.held_out))
     if pictures.broken:
         control.say(say_broken(pictures.broken))
