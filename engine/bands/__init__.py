@@ -20,7 +20,7 @@ neighbours, a group norm three sums, linear attention one small matrix; nothing 
 from engine.bands.context import banded, current_exchange, mean_over_bands
 from engine.bands.displaced import DisplacedExchange
 from engine.bands.exchange import ExactExchange, Exchange, Traffic, fetch_rows
-from engine.bands.mesh import Mesh, is_first_process, join_mesh, name_local_rank, open_mesh
+from engine.bands.mesh import Mesh, is_first_process, join_mesh, open_mesh, tell_deepspeed
 from engine.bands.rows import max_bands, scale_rows, split_rows
 
 __all__ = [
@@ -36,8 +36,8 @@ __all__ = [
     "join_mesh",
     "max_bands",
     "mean_over_bands",
-    "name_local_rank",
     "open_mesh",
     "scale_rows",
     "split_rows",
+    "tell_deepspeed",
 ]

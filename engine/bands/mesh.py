@@ -256,8 +256,12 @@ def first_host() -> str:
     return os.environ.get("MASTER_ADDR", "localhost")
 
 
-def name_local_rank(device: torch.device) -> None:
-    """For libraries that ask the environment, where no launcher has put it there."""
+def tell_deepspeed(device: torch.device) -> None:
+    """Before its import: which device it is to use, and, without a launcher, this rank's place.
+
+    It asks the environment for both, and would take a GPU wherever there is one.
+    """
+    os.environ["DS_ACCELERATOR"] = device.type
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
 
 

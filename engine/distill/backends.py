@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 
-from engine.bands import Mesh, name_local_rank
+from engine.bands import Mesh, tell_deepspeed
 from engine.config import UserError
 from engine.distill.settings import BackendSettings, OptimizerSettings
 from engine.distill.student import Distiller, Lesson, learning
@@ -283,6 +283,7 @@ class DeepSpeed:
 def _imported(mesh: Mesh) -> Any:
     """DeepSpeed, quiet, and told of the ranks that have met already."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    tell_deepspeed(mesh.device)
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 
@@ -291,6 +292,5 @@ def _imported(mesh: Mesh) -> Any:
     if not dist.is_initialized():  # a process by itself is a group too, for DeepSpeed
         kind = "nccl" if mesh.device.type == "cuda" else "gloo"
         dist.init_process_group(kind, store=HashStore(), rank=0, world_size=1)
-    name_local_rank(mesh.device)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
     return deepspeed
