@@ -8,7 +8,10 @@ import torch
 from PIL import Image
 
 from engine.bands import Mesh
-from engine.distill.settings import DistillSettings
+from engine.distill.latents import encode_all
+from engine.distill.settings import DataSettings, DistillSettings
+from engine.distill.sources import open_source
+from engine.distill.teacher import load_teacher
 from engine.distill.trainer import Control, distil
 from tests import families
 
@@ -69,6 +72,14 @@ def distil_alone(settings: DistillSettings, stop_at: int | None = None) -> tuple
 def distil_on(mesh: Mesh, settings: DistillSettings, stop_at: int | None = None) -> tuple[int, str]:
     """The run on this rank of several."""
     return distil(settings, mesh, control(stop_at))
+
+
+@torch.inference_mode(False)
+def encode_on(mesh: Mesh, model: Path, source: str, folder: Path) -> tuple[list[Path], str]:
+    """The pictures' latents, square, on this rank of several; (the files, the digest)."""
+    teacher = load_teacher(str(model), torch.device("cpu"), torch.float32)
+    opened = open_source(DataSettings(source=source))
+    return encode_all(opened, [(SIDE, SIDE)], teacher, folder, mesh, lambda what: None)
 
 
 def curve(output: Path, column: str = "loss") -> list[float]:

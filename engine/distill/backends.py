@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -90,13 +91,20 @@ def kept_state(folder: Path) -> dict[str, Any] | None:
     file = folder / CHECKPOINT / "about.json"
     try:
         about: dict[str, Any] = json.loads(file.read_text())
+        if missing := {"step", "facts", "backend", "ranks", "tag"} - set(about):
+            raise ValueError(f"{min(missing)} is missing")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{file}: this checkpoint is not readable ({error}); remove {folder} to begin anew"
-        ) from error
+    except (OSError, ValueError, TypeError) as error:
+        raise _unreadable(folder, file, error) from error
     return about
+
+
+def _unreadable(folder: Path, file: Path, error: Exception) -> UserError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return UserError(
+        f"{file}: this checkpoint is not readable ({reason}); remove {folder} to begin anew"
+    )
 
 
 def _keep_about(folder: Path, about: dict[str, Any]) -> None:
@@ -179,7 +187,10 @@ class Replicas:
     def load(self, folder: Path) -> dict[str, Any]:
         about = _require_own(folder, "ddp", None)
         file = folder / CHECKPOINT / about["tag"] / "replica.pt"
-        kept: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            kept: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+            raise _unreadable(folder, file, error) from error
         with torch.no_grad():
             for parameter, weight in zip(self._parameters, kept["weights"], strict=True):
                 parameter.copy_(weight)

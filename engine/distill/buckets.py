@@ -17,7 +17,8 @@ Shape = tuple[int, int]
 def shapes_of(side: int, multiple: int, aspect: float) -> list[Shape]:
     """Every shape of at most side x side pixels whose sides are multiples of `multiple`.
 
-    For each height the widest one, up to `aspect` times longer than wide or wider than high.
+    For each height the widest one, up to `aspect` times longer than wide or wider than high; where
+    all of those are longer, the largest square.
     """
     most = side * side
     found = set()
@@ -25,7 +26,8 @@ def shapes_of(side: int, multiple: int, aspect: float) -> list[Shape]:
         long = most // short // multiple * multiple
         if long <= aspect * short:
             found |= {(short, long), (long, short)}
-    return sorted(found)
+    square = side // multiple * multiple
+    return sorted(found or ({(square, square)} if square else ()))
 
 
 def nearest(shapes: list[Shape], height: int, width: int) -> Shape:
@@ -57,8 +59,14 @@ def cut(picture: Image.Image, shape: Shape) -> Cut:
     height, width = shape
     scale = max(height / picture.height, width / picture.width)
     scaled = max(height, round(picture.height * scale)), max(width, round(picture.width * scale))
-    if scaled != (picture.height, picture.width):
-        picture = picture.resize((scaled[1], scaled[0]), Image.Resampling.LANCZOS)
     top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
-    box = (left, top, left + width, top + height)
-    return Cut(picture.crop(box) if scaled != shape else picture, scaled, (top, left))
+    # Both at once: scaled as a whole, a line of one pixel by thousands would fill the memory.
+    y, bottom = _span(top, height, scaled[0], picture.height)
+    x, right = _span(left, width, scaled[1], picture.width)
+    made = picture.resize((width, height), Image.Resampling.LANCZOS, (x, y, right, bottom))
+    return Cut(made, scaled, (top, left))
+
+
+def _span(start: int, length: int, scaled: int, own: int) -> tuple[float, float]:
+    """From where to where that part of a side of `scaled` px is, where the side has `own` px."""
+    return start / scaled * own, min((start + length) / scaled * own, own)

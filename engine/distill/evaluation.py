@@ -22,6 +22,7 @@ from PIL import Image
 from torch import nn
 
 from engine.bands import Mesh
+from engine.config import UserError
 from engine.distill.draws import Draw, draw, generator
 from engine.distill.latents import Entry
 from engine.distill.lessons import build_lesson
@@ -82,7 +83,7 @@ class Evaluator:
     """Evaluates students of one teacher; every rank makes the same calls.
 
     Raises:
-        UserError: a network that the user names is none.
+        UserError: a network that the user names is none, or there are too few pictures for it.
     """
 
     def __init__(
@@ -105,6 +106,17 @@ class Evaluator:
         whole = [entry for entry in held_out if entry.below == 1.0]
         self._painted = whole[: settings.pictures]
         self._theirs: list[Picture] | None = None
+        self._require_enough()
+
+    def _require_enough(self) -> None:
+        painted, real = len(self._painted), len(self._held_out)
+        if self._inception is not None and min(painted, real) < 2:
+            raise UserError(
+                f"evaluation.inception: FID compares sets, and {painted} painted pictures beside "
+                f"{real} held-out ones are none; raise evaluation.pictures and data.held_out"
+            )
+        if self._clip is not None and not painted:
+            raise UserError("evaluation.clip: no held-out picture is a whole one; hold out more")
 
     def report(self, name: str, student: nn.Module) -> Report:
         """All that is asked for, of a student in the teacher's precision."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -100,10 +100,10 @@ def encode_all(
                 if not file.exists() and not told_to_stop():
                     doing(f"encoding {unit.name}, one of {len(units)} parts of the pictures")
                     _encode(source, unit, shapes, teacher, file)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # the latter where the disk is full
+            reason = getattr(error, "strerror", None) or error
             raise UserError(
-                f"latents cannot be kept in {place} ({error.strerror or error}): choose another "
-                "data.cache"
+                f"latents cannot be kept in {place} ({reason}): choose another data.cache"
             ) from error
 
     mesh.agree(encode)
@@ -111,14 +111,18 @@ def encode_all(
 
 
 def read_set(files: list[Path], digest: str, held_out: int) -> PictureSet:
-    """The set in these files; which pictures are held out depends on their names alone.
+    """The set in these files.
+
+    Names are put in an order that depends on nothing else, and the first are held out: no picture
+    that was trained on comes to be held out when others are added, though for each of those that
+    comes to be, one goes the other way.
 
     Raises:
-        UserError: all pictures would be held out.
+        UserError: all pictures would be held out, or a file is not readable.
     """
     entries, broken = list[Entry](), list[Broken]()
     for file in files:
-        facts = json.loads(_opened(file).metadata()["facts"])
+        facts = _facts_in(file)
         broken += [Broken(*pair) for pair in facts["broken"]]
         entries += [
             Entry(**{**e, "file": file, "shape": tuple(e["shape"]), "sizes": tuple(e["sizes"])})
@@ -130,7 +134,7 @@ def read_set(files: list[Path], digest: str, held_out: int) -> PictureSet:
             f"data.held_out: {held_out} of {len(entries)} pictures leave none to learn from{why}; "
             "choose fewer, or give more pictures"
         )
-    entries.sort(key=lambda e: hashlib.blake2b(e.name.encode(), digest_size=8).digest())
+    entries.sort(key=lambda e: hashlib.blake2b(_spelt(e.name).encode(), digest_size=8).digest())
     shapes: dict[Shape, list[Entry]] = {}
     for entry in entries[held_out:]:
         shapes.setdefault(entry.shape, []).append(entry)
@@ -144,8 +148,13 @@ def say_broken(broken: list[Broken]) -> str:
 
 
 def _named(broken: list[Broken], most: int = 5) -> str:
-    named = [f"{one.name} ({one.reason})" for one in broken[:most]]
+    named = [f"{_spelt(one.name)} ({one.reason})" for one in broken[:most]]
     return ", ".join(named + (["..."] if len(broken) > most else []))
+
+
+def _spelt(name: str) -> str:
+    """For hashes and terminals: a file's name need not be UTF-8."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 # --- one file -------------------------------------------------------------------------------------
@@ -194,6 +203,16 @@ def _latents(teacher: Teacher, group: list[Any]) -> dict[str, Tensor]:
     }
 
 
+def _facts_in(file: Path) -> Any:
+    try:
+        return json.loads(_opened(file).metadata()["facts"])
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{file}: these latents are not readable ({error}); remove the file, and have "
+            "data.cache on a disk that all ranks share"
+        ) from error
+
+
 @lru_cache(maxsize=256)
 def _opened(file: Path) -> Any:
     return safe_open(file, "pt")
@@ -209,5 +228,7 @@ def _digest(*facts: Any) -> str:
 def _vae_facts(teacher: Teacher) -> list[Any]:
     """A sum over the weights tells one VAE from another well enough."""
     vae = teacher.pipe.vae
-    total = sum(float(p.detach().double().abs().sum()) for p in vae.encoder.parameters())
+    parts = [part for part in (vae.encoder, vae.quant_conv) if part is not None]
+    weights = [weight for part in parts for weight in part.parameters()]
+    total = sum(float(weight.detach().double().abs().sum()) for weight in weights)
     return [f"{total:.6e}", vae.config.scaling_factor, vae.config.shift_factor]

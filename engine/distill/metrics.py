@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -90,13 +91,17 @@ def load_clip(folder: Path) -> Score:
     from transformers import CLIPModel, CLIPProcessor
 
     try:
-        model = CLIPModel.from_pretrained(folder).eval()
+        model, found = CLIPModel.from_pretrained(folder, output_loading_info=True)
+        if found["missing_keys"]:  # transformers would draw them at random
+            raise ValueError(f"{min(found['missing_keys'])} is missing")
         processor = CLIPProcessor.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(
             f"evaluation.clip: {folder} is no CLIP model; give a folder that transformers' "
             "CLIPModel and CLIPProcessor load"
         ) from error
+
+    model.eval()
 
     @torch.no_grad()
     def score(pictures: Sequence[Picture], captions: Sequence[str]) -> float:

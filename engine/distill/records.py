@@ -86,5 +86,5 @@ def _read(path: Path) -> Iterator[Record]:
             try:
                 step = int(line.pop("step"))
                 yield Record(step, **{name: float(value) for name, value in line.items()})
-            except (TypeError, ValueError):
+            except (KeyError, TypeError, ValueError):
                 return

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from engine.config import UserError
 from engine.distill.settings import LANDSCAPES, DataSettings
@@ -87,15 +88,31 @@ def read_picture(name: str, content: bytes, captions: list[str]) -> Sample | Bro
         return Broken(name, "no caption")
     try:
         with Image.open(io.BytesIO(content)) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGB")
+            picture = _to_rgb(ImageOps.exif_transpose(opened))
+    except UnidentifiedImageError:  # whose own words hold an address in memory
+        return Broken(name, "no picture")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return Broken(name, (str(error).strip().splitlines() or [type(error).__name__])[0])
     return Sample(name, picture, captions)
 
 
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    """8 bits a channel, on white where it is transparent."""
+    if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
+        deep = np.asarray(picture).clip(0, 65535) / 257
+        picture = Image.fromarray(deep.round().astype(np.uint8))
+    if picture.mode == "F":
+        raise ValueError("32 bits a channel: 8 or 16 would work")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
 def wordings(text: bytes) -> list[str]:
     """The lines of a caption file that say something."""
-    lines = text.decode("utf-8", errors="replace").splitlines()
+    lines = text.decode("utf-8-sig", errors="replace").splitlines()
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -113,7 +130,9 @@ class Folder:
                 f"data.source: {root} is no folder; give 'landscapes', a folder of pictures with a "
                 ".txt beside each, or a pattern of .tar files"
             )
-        files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+        files = sorted(
+            p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir()
+        )
         if not files:
             raise UserError(f"data.source: {root} has no pictures ({', '.join(sorted(SUFFIXES))})")
         return cls(root, files)
@@ -126,7 +145,7 @@ class Folder:
 
     def read(self, unit: Unit) -> Iterator[Sample | Broken]:
         for file in self._files(int(unit.name) * UNIT):
-            name, text = file.relative_to(self.root).as_posix(), file.with_suffix(".txt")
+            name, text = file.relative_to(self.root).as_posix(), _text_of(file)
             try:
                 captions = wordings(text.read_bytes()) if text.exists() else []
                 content = file.read_bytes()
@@ -140,9 +159,15 @@ class Folder:
 
     def _facts(self, file: Path) -> list[Any]:
         """The caption too: another wording is another lesson."""
-        both = [path.stat() for path in (file, file.with_suffix(".txt")) if path.exists()]
+        both = [path.stat() for path in (file, _text_of(file)) if path.exists()]
         name = file.relative_to(self.root).as_posix()
         return [name, *((status.st_size, status.st_mtime_ns) for status in both)]
+
+
+def _text_of(file: Path) -> Path:
+    """Where its caption is, or would be."""
+    loud = file.with_suffix(".TXT")
+    return loud if loud.exists() else file.with_suffix(".txt")
 
 
 @dataclass(frozen=True)
@@ -194,5 +219,5 @@ def _pairs(name: str, archive: tarfile.TarFile) -> Iterator[Sample | Broken]:
 
 
 def _pair(name: str, group: dict[str, bytes]) -> Iterator[Sample | Broken]:
-    for suffix in SUFFIXES & group.keys():
+    for suffix in sorted(SUFFIXES & group.keys()):
         yield read_picture(name + suffix, group[suffix], wordings(group.get(".txt", b"")))
