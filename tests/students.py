@@ -79,7 +79,8 @@ def encode_on(mesh: Mesh, model: Path, source: str, folder: Path) -> tuple[list[
     """The pictures' latents, square, on this rank of several; (the files, the digest)."""
     teacher = load_teacher(str(model), torch.device("cpu"), torch.float32)
     opened = open_source(DataSettings(source=source))
-    return encode_all(opened, [(SIDE, SIDE)], teacher, folder, mesh, lambda what: None)
+    shapes = [(SIDE, SIDE)]
+    return encode_all(opened, shapes, teacher, folder, mesh, lambda what: None, lambda: False)
 
 
 def curve(output: Path, column: str = "loss") -> list[float]:

@@ -502,7 +502,9 @@ def test_a_lesson_is_what_its_draws_say(teacher, tmp_path):
 def encode_alone(teacher: Teacher, source: Path | str, folder: Path, shapes=((64, 64),)):
     """The files of the pictures' latents, and the digest."""
     opened = open_source(DataSettings(source=str(source)))
-    return encode_all(opened, list(shapes), teacher, folder, ALONE, lambda what: None)
+    return encode_all(
+        opened, list(shapes), teacher, folder, ALONE, lambda what: None, lambda: False
+    )
 
 
 @pytest.fixture
