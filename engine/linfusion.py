@@ -281,10 +281,14 @@ def find_checkpoint(checkpoint: str, model: str, cross_attention_dim: int) -> Pa
         ) from error
 
 
-def convert(unet: nn.Module) -> None:
+Mixer = Callable[[Attention], Attention]
+"""what makes a self-attention of another kind from a softmax one"""
+
+
+def convert(unet: nn.Module, mixer: Mixer = LinearAttention.from_attention) -> None:
     """Replace every softmax self-attention by a linear one with its weights, to be distilled."""
     for name, attention in list(self_attentions(unet)):
-        unet.set_submodule(name, LinearAttention.from_attention(attention))
+        unet.set_submodule(name, mixer(attention))
 
 
 def save(unet: nn.Module, folder: Path) -> None:

@@ -49,14 +49,16 @@ class Answer:
 
 
 def build_student(
-    teacher: nn.Module, begin: Path | None = None, own: bool = False, seed: int = 0
-) -> nn.Module:
+    teacher: nn.Module, begin: Path | None = None, own: bool = False, seed: int = 0,
+    mixer: linfusion.Mixer = linfusion.LinearAttention.from_attention,
+) -> nn.Module:  # fmt: skip
     """A student of the UNet `teacher`; its self-attentions require gradients and are in fp32.
 
     Args:
         begin: LinFusion modules to go on from; by default the teacher's own projections, and MLPs
             of random weights that depend on `seed` alone.
         own: all tensors are copies, for a backend that shares them out over ranks.
+        mixer: makes the self-attentions where they do not begin from modules.
 
     Raises:
         UserError: the modules in `begin` do not fit.
@@ -66,7 +68,7 @@ def build_student(
     if begin is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            linfusion.convert(student)
+            linfusion.convert(student, mixer)
     else:
         linfusion.load(student, begin)
     for attention in attentions(student):
