@@ -58,6 +58,11 @@ RUNS = {
         "--ranks 8 --px 4096 --steps 8 --repeats 5",
     ),
     "end_to_end": Run("A whole job", "--height 128 --width 192 --steps 8 --repeats 3", ""),
+    "mixers": Run(
+        "Mixers: from a state space model to linear attention",
+        "--steps 40 --pictures 64 --held-out 2 --batch 4",
+        "",
+    ),
     "quality": Run(
         "Quality: displaced mode, naive patches",
         "--ranks 2 --steps 8 --warmup 2 --pictures 1 --height 128 --width 128",

@@ -7,12 +7,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 
-from benchmarks import attention, common, communication, end_to_end, projection, report
+from benchmarks import (
+    attention,
+    common,
+    communication,
+    end_to_end,
+    mixers,
+    mixing,
+    projection,
+    report,
+)
 from benchmarks.common import Aim, Noise
 from engine.bands import Mesh, Traffic, banded
+from engine.distill.student import attentions, build_student, learning
+from engine.loading import load
 from engine.parallel import band_layers
 from engine.simulation import pretended
 from tests.ranks import run_ranks
@@ -24,6 +37,7 @@ TINY = {
     "scaling": "--px 128 --steps 2 --repeats 1 --modes guidance exact --no-weak",
     "projection": "--px 1024 --timed-px 512 --gpus 2 --most-latents 256 --repeats 1",
     "end_to_end": "--ranks 1 --height 64 --width 64 --steps 2 --repeats 1",
+    "mixers": "--steps 2 --pictures 2 --held-out 1 --batch 2",
 }
 
 
@@ -184,6 +198,79 @@ def test_the_wire_between_nodes_is_another():
     assert projection.wire_s(9, 1e9, 100, options) == pytest.approx((0.005, 0.1))
     assert projection.waiting(1.0, 0.005, 0.1) == pytest.approx(1.105)
     assert projection.overlapping(0.05, 0.005, 0.1) == 0.1
+
+
+# --- mixers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tokens", "chunk"), [(1, 64), (7, 64), (64, 16), (150, 16), (150, 64)])
+def test_the_scan_in_chunks_is_the_scan_token_by_token(tokens, chunk):
+    draws = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, 3, tokens, width, generator=draws, dtype=torch.float64)
+        for width in (4, 4, 5)
+    )
+    # From hardly any decay to one that leaves nothing of a chunk.
+    decay = -torch.logspace(-3, 1.5, tokens, dtype=torch.float64).expand(2, 3, -1)
+    expected = mixing.scan_naive(query, key, value, decay)
+    found = mixing.scan(query, key, value, decay, chunk)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def mixer_of(name):
+    """A mixer in float64 that has learnt something at random."""
+    torch.manual_seed(0)
+    mixer = mixing.MIXERS[name].from_attention(Attention(query_dim=24, heads=3, dim_head=8))
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return mixer.double()
+
+
+NORMALISED = {"normalised SSM", "normalised, non-causal", "linear attention"}
+
+
+@pytest.mark.parametrize("name", list(mixing.MIXERS))
+def test_the_size_is_nothing_to_normalised_mixers_alone(name):
+    mixer = mixer_of(name)
+    one = torch.randn(2, 1, 24, dtype=torch.float64)
+    with torch.no_grad():
+        small, large = (mixer(one.expand(-1, tokens, -1)) for tokens in (16, 64))
+    change = (large - small.repeat(1, 4, 1)).abs().max() / small.abs().max()
+    assert change < 1e-3 if name in NORMALISED else change > 0.1
+
+
+@pytest.mark.parametrize("name", ["normalised, non-causal", "linear attention"])
+def test_without_an_order_repeated_tokens_change_nothing(name):
+    mixer, tokens = mixer_of(name), torch.randn(2, 16, 24, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(mixer(tokens.repeat(1, 4, 1)), mixer(tokens).repeat(1, 4, 1))
+
+
+def test_scans_see_what_is_before_and_behind():
+    mixer, tokens = mixer_of("SSM without gate and norm"), torch.randn(1, 9, 24).double()
+    seen = torch.autograd.functional.jacobian(lambda x: mixer(x)[0, 4].sum(), tokens)
+    assert (seen[0].abs().amax(-1) > 1e-6).all()
+
+
+@pytest.mark.parametrize("name", list(mixing.MIXERS))
+def test_students_learn_with_every_mixer(name):
+    teacher = load("demo", "none").unet
+    student = build_student(teacher, mixer=mixing.MIXERS[name].from_attention)
+    assert {type(attention) for attention in attentions(student)} == {mixing.MIXERS[name]}
+    output = student(torch.randn(1, 4, 8, 8), torch.tensor(500), torch.randn(1, 4, 128)).sample
+    output.square().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in learning(student))
+
+
+def test_scenes_are_the_same_at_every_size():
+    (unit,) = mixers.Scenes(32, range(2)).units()
+    small = list(mixers.Scenes(32, range(2)).read(unit))
+    large = list(mixers.Scenes(64, range(2)).read(unit))
+    assert [sample.name for sample in small] == [sample.name for sample in large]
+    for a, b in zip(small, large, strict=True):
+        pixels = [np.asarray(p.resize((8, 8))).astype(float) for p in (a.picture, b.picture)]
+        assert np.abs(pixels[0] - pixels[1]).mean() < 10
 
 
 # --- whole jobs, and the page ---------------------------------------------------------------------
