@@ -140,7 +140,9 @@ def ask(teacher: Teacher, entries: Sequence[Entry], seed: int) -> list[Question]
 # --- training, evaluating -------------------------------------------------------------------------
 
 
-def train(student: nn.Module, teacher: Teacher, entries: Sequence[Entry], options: Any) -> Any:
+def train(
+    student: nn.Module, teacher: Teacher, entries: Sequence[Entry], options: argparse.Namespace
+) -> list[float]:
     """The loss of every step."""
     weights = LossSettings(relative=True)
     factors = torch.tensor([getattr(weights, part) for part in PARTS], device=teacher.device)
@@ -187,7 +189,13 @@ def evaluate(student: nn.Module, questions: Sequence[Question]) -> dict[str, Any
     }
 
 
-def measure(name: str, teacher: Teacher, entries: Any, questions: Any, options: Any) -> Any:
+def measure(
+    name: str,
+    teacher: Teacher,
+    entries: Sequence[Entry],
+    questions: dict[int, list[Question]],
+    options: argparse.Namespace,
+) -> dict[str, Any]:
     """One mixer's row."""
     kind = MIXERS.get(name, NoMixer)
     student = build_student(teacher.unet, seed=options.seed, mixer=kind.from_attention)

@@ -286,7 +286,11 @@ Mixer = Callable[[Attention], Attention]
 
 
 def convert(unet: nn.Module, mixer: Mixer = LinearAttention.from_attention) -> None:
-    """Replace every softmax self-attention by a linear one with its weights, to be distilled."""
+    """Replace every softmax self-attention by a linear one with its weights, to be distilled.
+
+    Args:
+        mixer: makes the replacements, where they are to be of another kind.
+    """
     for name, attention in list(self_attentions(unet)):
         unet.set_submodule(name, mixer(attention))
 
