@@ -236,7 +236,7 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
 
 def draw_plot(rows: Sequence[dict[str, Any]], plt: Any) -> Any:
     """Distances over sizes, of outputs and of features, and the curves of training."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
     colours = dict(zip(MIXERS, COLOURS, strict=True)) | {NOTHING: "#8a8a8a"}
     for row in rows:
         name = row["mixer"]
@@ -245,13 +245,15 @@ def draw_plot(rows: Sequence[dict[str, Any]], plt: Any) -> Any:
             place.plot(SIZES, [row["sizes"][side][key] for side in SIZES], "o", ms=4, **style)
         if row["curve"]:
             axes[2].plot(smooth(row["curve"]), **style)
-    axes[0].set(title="Output: MSE of the teacher's mean square")
+    axes[0].set(title="UNet's output: MSE / the teacher's mean square")
     axes[1].set(title="Self-attentions' outputs: the same")
     for place in axes[:2]:
         place.set_xscale("log", base=2)
         place.set(yscale="log", xlabel="px (128 trained)", xticks=SIZES, xticklabels=SIZES)
-    axes[2].set(title="Loss at 128 px, mean of 10 steps", xlabel="step")
-    axes[0].legend(fontsize=7)
+    axes[2].set(title="Loss at 128 px, mean of 10 steps", xlabel="step", yscale="log")
+    axes[2].yaxis.set_major_formatter(lambda loss, _: f"{loss:g}")
+    axes[2].yaxis.set_minor_formatter(lambda loss, _: f"{loss:g}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
