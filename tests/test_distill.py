@@ -20,23 +20,15 @@ from tests.ranks import run_ranks, torchrun
 from tests.students import curve, distil_alone, distil_on, save_pictures, save_teacher, settings_of
 
 STEPS = 50
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def long(*more: str) -> object:
     return pytest.param(more, marks=pytest.mark.long)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As ranks have it: sums in the same order, and cores left to other tests."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, one_thread):
     """A teacher of SD-1.5's kind, pictures, and the run of one process that others are held to."""
     folder = tmp_path_factory.mktemp("distill")
     save_teacher("sd15", folder / "model")

@@ -64,16 +64,8 @@ from tests.ranks import run_ranks
 from tests.students import encode_on, save_pictures, save_teacher
 
 ALONE = Mesh(0, 1, torch.device("cpu"), None)
+pytestmark = pytest.mark.usefixtures("one_thread")
 quick = hypothesis_settings(max_examples=60)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As ranks have it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
