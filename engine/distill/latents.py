@@ -10,6 +10,7 @@ Means are kept, not spreads: Stable Diffusion's VAEs spread by less than a hundr
 
 import hashlib
 import json
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -176,7 +177,7 @@ def _encode(source: Source, unit: Unit, shapes: list[Shape], teacher: Teacher, f
     for group in groups.values():
         tensors |= _latents(teacher, group)
     told = {"entries": entries, "broken": [(one.name, one.reason) for one in broken]}
-    temporary = file.with_suffix(".tmp")
+    temporary = file.with_suffix(f".{uuid.uuid4().hex}.tmp")  # another run may share the cache
     save_file(tensors, temporary, {"facts": json.dumps(told)})
     temporary.replace(file)
 
