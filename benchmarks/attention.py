@@ -2,6 +2,7 @@
 
     python -m benchmarks.attention                               # 1k to 1M tokens, some minutes
     python -m benchmarks.attention --tokens 4096 16384 --dtype bfloat16
+    python -m benchmarks.attention --models demo                 # as far, in a fraction of the time
 
     naive      y = x + MLP(x) for queries and keys, q = Wq y, k = Wk y', v = Wv x, split into heads
                by copies; then elu + 1, z = q . mean(k) + 1e-4, S = (k / sqrt n)^T (v / sqrt n) and
@@ -10,7 +11,8 @@
     ours       what the engine runs in this precision: in fp32 and fp64 `engine.kernels.streamed`
     softmax    the model's own: q, k, v, scaled_dot_product_attention, out
 
-Printed, for the widest attentions of SD-1.5 (8 heads of 40) and SDXL (10 of 64):
+Printed, for the attentions of most tokens in SD-1.5 (8 heads of 40) and SDXL (10 of 64); if asked,
+of the demo model (3 of 32):
 
     ms         CPU time of `--threads` threads, or a GPU's own time; median of the repeats
     outside    ms beside the products: less what this forward's own matrix products take alone, in
@@ -20,7 +22,8 @@ Printed, for the widest attentions of SD-1.5 (8 heads of 40) and SDXL (10 of 64)
     error      relative, in the Euclidean norm, to the naive forward in float64
 
 All are run in turn, and ratios are medians over the turns. What would take longer than `--limit-s`,
-or more memory than there is, is left out and said so.
+or more memory than there is, by an estimate made before, is left out, and the reason is given. Time
+does not leave out ours: over the limit it is run once and not repeated.
 """
 
 import argparse
@@ -38,14 +41,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import common
-from benchmarks.common import COLOURS, Aim, Noise
+from benchmarks.common import COLOURS, GB, Aim, Noise
 from engine.kernels import streamed
 from engine.linfusion import LinearAttention
 
 EPS = 1e-4
 AIM_TOKENS = 16384
 ERROR_TOKENS = 16384  # at most: the reference is in float64
-TENSORS = 12  # [n, C] that the naive forward holds at once, generously
+
+# [n, C] that a forward makes at once, as measured and rounded up; half precision computes in fp32.
+TENSORS = {"ours": 2, "plain": 6, "naive": 7, "softmax": 6}
+HALF_PRECISION_TENSORS = 11
+PRODUCT_TENSORS = 3  # that the products alone are multiplied in
+ESTIMATE_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -58,14 +66,14 @@ class Shape:
         return self.heads * self.head_width
 
 
-SHAPES = {"SD-1.5": Shape(8, 40), "SDXL": Shape(10, 64)}
+SHAPES = {"SD-1.5": Shape(8, 40), "SDXL": Shape(10, 64), "demo": Shape(3, 32)}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = common.arguments(__doc__)
     sizes = [4**i * 1024 for i in range(6)]
     parser.add_argument("--tokens", type=int, nargs="+", default=sizes)
-    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=["SD-1.5", "SDXL"])
     parser.add_argument("--memory-tokens", type=int, nargs="*", default=[AIM_TOKENS])
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--limit-s", type=float, default=8.0, help="that one forward may take")
@@ -192,16 +200,16 @@ def tokens_of(module: LinearAttention, count: int) -> Tensor:
 def measure_model(model: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each number of tokens and forward."""
     module, rows = build(SHAPES[model], options), []
-    estimates = dict.fromkeys(FORWARDS, 0.0)  # seconds of one forward, from the size before
+    estimates = first_estimates(module)
     for count in sorted(options.tokens):
         why = {name: refusal(name, count, module, estimates, options) for name in FORWARDS}
         names = [name for name in FORWARDS if not why[name]]
-        timed = time_in_turn(module, count, names, options) if names else {}
+        timed = time_in_turn(module, count, names, estimates, options)
         errors = errors_of(module, count, names) if count <= ERROR_TOKENS else {}
         for name in FORWARDS:
             row = {"model": model, "tokens": count, "forward": name, "left_out": why[name]}
             if name in timed:
-                estimates[name] = timed[name]["s"].median / count
+                estimates[name] = Estimate(timed[name]["s"].median, count, name == "softmax")
                 row |= timed[name] | {"error": errors.get(name), "mb": None}
             if name in timed and count in options.memory_tokens:
                 row["mb"] = common.in_fresh_process(memory_mb, name, count, model, options)
@@ -209,44 +217,103 @@ def measure_model(model: str, options: argparse.Namespace) -> list[dict[str, Any
     return rows
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What a forward took for some tokens, and so will take for others."""
+
+    s: float
+    tokens: int
+    is_quadratic: bool
+
+    def of(self, tokens: int) -> float:
+        return self.s * (tokens / self.tokens) ** (2 if self.is_quadratic else 1)
+
+
+def first_estimates(module: LinearAttention) -> dict[str, Estimate]:
+    """By few tokens, so that what is hopeless is not begun."""
+    x, device = tokens_of(module, ESTIMATE_TOKENS), module.to_q.weight.device
+    estimates = {}
+    for name, forward in FORWARDS.items():
+        forward(module, x)
+        s = common.seconds(partial(forward, module, x), device)
+        estimates[name] = Estimate(s, ESTIMATE_TOKENS, name == "softmax")
+    return estimates
+
+
 def refusal(
     name: str,
     count: int,
     module: LinearAttention,
-    estimates: dict[str, float],
+    estimates: dict[str, Estimate],
     options: argparse.Namespace,
 ) -> str | None:
-    """Why this forward is not run, if it is not. `estimates` are seconds a token, so far."""
-    # Softmax's cost of a token grows with their number, which is four times that of the row before.
-    if estimates[name] * count * (4 if name == "softmax" else 1) > options.limit_s:
-        estimates[name] = float("inf")
-        return "time"
+    """Why this forward is not run, if it is not."""
+    needed, free = needed_bytes(name, count, module), free_bytes(module)
+    if needed > 0.6 * free:
+        return f"it would need {needed / GB:.1f} GB, and {free / GB:.1f} GB are free"
+    takes = estimates[name].of(count)
+    if name != "ours" and takes > options.limit_s:
+        return f"it would take about {takes:.2g} s, over --limit-s {options.limit_s:g}"
+    return None
+
+
+def needed_bytes(name: str, count: int, module: LinearAttention) -> int:
+    """Of a forward, its tokens, and the products that are measured beside it."""
     weight = module.to_q.weight
-    needed = TENSORS * count * weight.shape[1] * weight.element_size()
-    free = psutil.virtual_memory().available
-    if weight.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info()
-    return "memory" if needed > 0.6 * free else None
+    is_streamed = products_of(module, name) == "streamed products"
+    tensors = TENSORS["plain" if name == "ours" and not is_streamed else name]
+    if weight.element_size() == 2 and name in ("ours", "plain"):
+        tensors = HALF_PRECISION_TENSORS
+    tensors += 1 + (0 if is_streamed else PRODUCT_TENSORS)
+    return tensors * count * weight.shape[1] * weight.element_size()
+
+
+def free_bytes(module: LinearAttention) -> int:
+    if module.to_q.weight.device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available
 
 
 def time_in_turn(
-    module: LinearAttention, count: int, names: list[str], options: argparse.Namespace
+    module: LinearAttention,
+    count: int,
+    names: list[str],
+    estimates: dict[str, Estimate],
+    options: argparse.Namespace,
 ) -> dict[str, dict[str, Any]]:
+    if not names:
+        return {}
     x, device = tokens_of(module, count), module.to_q.weight.device
     functions: dict[str, Callable[[], object]] = {n: partial(FORWARDS[n], module, x) for n in names}
-    functions["whole products"] = whole_products(module, x)
-    functions["streamed products"] = streamed_products(module, x)
-    measured = common.in_turn(functions, options.repeats, partial(common.seconds, device=device))
-    outside = {n: beside(measured[n], measured[products_of(module, n)]) for n in names}
+    makers = {"whole products": whole_products, "streamed products": streamed_products}
+    for products in sorted({products_of(module, n) for n in names if n != "softmax"}):
+        functions[products] = makers[products](module, x)
+    once = "ours" in names and estimates["ours"].of(count) > options.limit_s
+    measured = common.in_turn(
+        functions,
+        1 if once else options.repeats,
+        partial(common.seconds, device=device),
+        warm_up=not once,
+    )
+    outside = {
+        n: beside(measured[n], measured[products_of(module, n)]) for n in names if n != "softmax"
+    }
     return {
         n: {
             "s": Noise.of(measured[n]),
-            "outside_s": None if n == "softmax" else Noise.of(outside[n]),
-            "speed_up": common.ratio(measured["naive"], measured[n]),
-            "outside_speed_up": common.ratio(outside["naive"], outside[n]),
+            "outside_s": Noise.of(outside[n]) if n in outside else None,
+            "speed_up": ratio_to_naive(measured, n),
+            "outside_speed_up": ratio_to_naive(outside, n),
         }
         for n in names
     }
+
+
+def ratio_to_naive(measured: dict[str, list[float]], name: str) -> Noise | None:
+    """The naive forward's time over this one's, if both were measured."""
+    if "naive" not in measured or name not in measured:
+        return None
+    return common.ratio(measured["naive"], measured[name])
 
 
 def products_of(module: LinearAttention, name: str) -> str:
@@ -286,7 +353,7 @@ def memory_mb(name: str, count: int, model: str, options: argparse.Namespace) ->
 def aims(rows: list[dict[str, Any]]) -> list[Aim]:
     found = {(r["model"], r["forward"]): r for r in rows if r["tokens"] == AIM_TOKENS}
     listed = []
-    for model in {r["model"]: None for r in rows}:
+    for model in {r["model"]: None for r in rows if r["model"] != "demo"}:
         own, other = (found.get((model, name), {}) for name in ("ours", "naive"))
         faster = own.get("outside_speed_up")
         both = own.get("mb") and other.get("mb")
@@ -309,18 +376,23 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         title = f"{row['model']} {row['forward']}"
         if row["left_out"]:
-            cells.append([title, row["tokens"], f"({row['left_out']})", *[None] * 6])
+            cells.append([title, row["tokens"], "left out", *[None] * 6])
             continue
         s, outside = row["s"], row["outside_s"]
         spread = f"({s.min * 1e3:.3g} - {s.max * 1e3:.3g})"
         cells.append([
             title, row["tokens"], s.median * 1e3, spread,
-            outside and outside.median * 1e3, row["speed_up"].median,
-            str(row["outside_speed_up"]) if outside else None, row["mb"],
+            outside and outside.median * 1e3, row["speed_up"] and row["speed_up"].median,
+            row["outside_speed_up"] and str(row["outside_speed_up"]), row["mb"],
             None if row["error"] is None else f"{row['error']:.1e}",
         ])  # fmt: skip
     common.print_table(columns, cells)
-    print("\n(time) and (memory): left out, it would take more than --limit-s, or than there is\n")
+    print()
+    for row in rows:
+        if row["left_out"]:
+            named = f"{row['model']} {row['forward']}, {row['tokens']} tokens"
+            print(f"left out: {named}: {row['left_out']}")
+    print()
 
 
 def draw(rows: list[dict[str, Any]], plt: Any) -> Any:
@@ -343,7 +415,8 @@ def draw(rows: list[dict[str, Any]], plt: Any) -> Any:
 def _draw_times(axes: Any, model: str, rows: list[dict[str, Any]]) -> None:
     for name in FORWARDS:
         points = [(row["tokens"], row["s"].median) for row in rows if row["forward"] == name]
-        axes.plot(*zip(*points, strict=True), "o-", ms=4, color=COLOURS[name], label=name)
+        counts, seconds = zip(*points, strict=True) if points else ((), ())
+        axes.plot(counts, seconds, "o-", ms=4, color=COLOURS[name], label=name)
     axes.set(xscale="log", yscale="log", xlabel="tokens", title=f"{model}: seconds of one forward")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda n, _: f"{n / 1024:.0f}k")

@@ -31,7 +31,7 @@ from typing import Any, Self
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-MB = 1e6
+MB, GB = 1e6, 1e9
 
 _ROOT = Path(__file__).parents[1]
 
@@ -124,9 +124,10 @@ def in_turn(
     functions: dict[str, Callable[[], object]],
     repeats: int,
     measure: Callable[[Callable[[], object]], float],
+    warm_up: bool = True,
 ) -> dict[str, list[float]]:
     """Each function's measurements: A B C, A B C, ... `repeats` times, once before for nothing."""
-    for function in functions.values():
+    for function in functions.values() if warm_up else ():
         function()
     measured: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):

@@ -127,6 +127,41 @@ def test_all_linear_forwards_are_one_function():
             torch.testing.assert_close(forward(module, x), expected, rtol=1e-10, atol=1e-12)
 
 
+def refusals(module, count, seconds):
+    """Of every forward, after it has taken so long for 1024 tokens."""
+    estimates = {n: attention.Estimate(seconds, 1024, n == "softmax") for n in attention.FORWARDS}
+    options = argparse.Namespace(limit_s=8.0)
+    return {
+        name: attention.refusal(name, count, module, estimates, options) or ""
+        for name in attention.FORWARDS
+    }
+
+
+@torch.no_grad()
+def test_what_is_left_out_is_said_before_it_is_begun(monkeypatch):
+    module = attention.build(attention.SHAPES["SDXL"], argparse.Namespace(dtype="float32"))
+    monkeypatch.setattr(attention, "free_bytes", lambda module: 10**13)
+    assert not any(refusals(module, 4096, seconds=0.01).values())
+    late = refusals(module, 1048576, seconds=0.01)
+    assert late["naive"] == "it would take about 10 s, over --limit-s 8"
+    assert late["softmax"] == "it would take about 1e+04 s, over --limit-s 8"
+    assert not late["ours"]
+    monkeypatch.setattr(attention, "free_bytes", lambda module: 24 * 10**9)
+    small = refusals(module, 1048576, seconds=0.0001)
+    assert small["naive"] == "it would need 29.5 GB, and 24.0 GB are free"
+    assert not small["ours"]
+
+
+def test_ours_is_measured_where_all_others_are_left_out():
+    options = argparse.Namespace(dtype="float32", limit_s=0.0, repeats=3)
+    module = attention.build(attention.SHAPES["demo"], options)
+    estimates = dict.fromkeys(attention.FORWARDS, attention.Estimate(1.0, 64, False))
+    with torch.no_grad():
+        timed = attention.time_in_turn(module, 64, ["ours"], estimates, options)
+    assert timed.keys() == {"ours"}
+    assert timed["ours"]["speed_up"] is None
+
+
 def test_what_is_beside_the_products_is_never_nothing():
     assert attention.beside([5.0, 4.0], [3.0, 6.0]) == [2.0, 0.04]
 
