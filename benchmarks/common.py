@@ -177,6 +177,22 @@ def resident_mb(field: str) -> float:
     return int(found[1]) * 1024 / MB
 
 
+def start_peak_mb() -> float:
+    """MB that this process has, resident or of the GPU; its peak starts anew."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / MB
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident_mb("VmRSS")
+
+
+def peak_mb() -> float:
+    """At the peak since `start_peak_mb`."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / MB
+    return resident_mb("VmHWM")
+
+
 def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """`function(*args)` on that many ranks of this machine; what each returned."""
     config = LaunchConfig(

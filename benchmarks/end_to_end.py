@@ -30,7 +30,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from benchmarks import common
-from benchmarks.common import MB, Noise
+from benchmarks.common import Noise
 from engine.bands import Mesh, open_mesh
 from engine.config import Settings
 from engine.keeper import Control
@@ -104,9 +104,9 @@ def paint(options: argparse.Namespace, ranks: int, folder: Path) -> dict[str, An
     with open_mesh() as mesh:
         engine = Engine.load(settings, mesh, Control(tell=lambda told: current[0](told)))
         engine.generate(settings)
-        loaded_mb = _start_peak()
+        loaded_mb = common.start_peak_mb()
         parts = [_once(engine, settings, mesh, current) for _ in range(options.repeats)]
-        return {"loaded_mb": loaded_mb, "peak_mb": _peak_mb(), "parts": parts}
+        return {"loaded_mb": loaded_mb, "peak_mb": common.peak_mb(), "parts": parts}
 
 
 def _once(
@@ -116,21 +116,6 @@ def _once(
     current[0] = Stopwatch()
     engine.generate(settings)
     return current[0].parts
-
-
-def _start_peak() -> float:
-    """MB that there are, and the peak starts anew."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / MB
-    Path("/proc/self/clear_refs").write_text("5")
-    return common.resident_mb("VmRSS")
-
-
-def _peak_mb() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / MB
-    return common.resident_mb("VmHWM")
 
 
 # --- what it comes to -----------------------------------------------------------------------------

@@ -63,6 +63,11 @@ RUNS = {
         "--steps 40 --pictures 64 --held-out 2 --batch 4",
         "",
     ),
+    "peers": Run(
+        "Beside its peers",
+        "--height 256 --width 256 --steps 8 --repeats 3",
+        "--ranks 8 --model SDXL --height 2048 --width 2048 --steps 20 --repeats 3",
+    ),
     "quality": Run(
         "Quality: displaced mode, naive patches",
         "--ranks 2 --steps 8 --warmup 2 --pictures 1 --height 128 --width 128",

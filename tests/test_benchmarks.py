@@ -1,6 +1,7 @@
 """The arithmetic of benchmarks, and that each comes to its last line at tiny sizes."""
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
+from safetensors.torch import load_file
 
+import engine
 from benchmarks import (
     attention,
     common,
@@ -23,6 +26,8 @@ from benchmarks import (
     report,
 )
 from benchmarks.common import Aim, Noise
+from benchmarks.peers import __main__ as peers
+from benchmarks.peers import jobs, models
 from engine.bands import Mesh, Traffic, banded
 from engine.distill.student import attentions, build_student, learning
 from engine.loading import load
@@ -36,6 +41,7 @@ TINY = {
     "communication": "--ranks 2 --measured-px 128 --px 1024 --gpus 2 --simulated-gpus 8",
     "scaling": "--px 128 --steps 2 --repeats 1 --modes guidance exact --no-weak",
     "projection": "--px 1024 --timed-px 512 --gpus 2 --most-latents 256 --repeats 1",
+    "peers": "--only engine diffusers --ranks 1 --height 64 --width 64 --steps 2 --repeats 1",
     "end_to_end": "--ranks 1 --height 64 --width 64 --steps 2 --repeats 1",
     "mixers": "--steps 2 --pictures 2 --held-out 1 --batch 2",
 }
@@ -308,6 +314,98 @@ def test_scenes_are_the_same_at_every_size():
         assert np.abs(pixels[0] - pixels[1]).mean() < 10
 
 
+# --- peers ----------------------------------------------------------------------------------------
+
+
+def no_distrifuser(python=None):
+    return jobs.Distrifuser(python, cuda_graph=True, warmup_steps=4, timeout_s=5)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "gpus", "said"),
+    [
+        (2, 0, "needs a CUDA GPU for each of its 2 ranks, since it exchanges by NCCL, and this "
+         "machine has none"),
+        (4, 2, "and this machine has 2"),
+        (3, 4, "runs on 1, 2, 4, 8, ... ranks, not on 3"),
+        (2, 2, "install what is in benchmarks/peers/distrifuser.txt and pass its interpreter as "
+         "--distrifuser-python"),
+    ],
+)  # fmt: skip
+def test_distrifusion_is_refused_in_a_sentence(ranks, gpus, said):
+    assert said in jobs.why_not_distrifuser(ranks, no_distrifuser(), gpus)
+
+
+def test_an_interpreter_without_distrifusion_is_named(tmp_path):
+    said = jobs.why_not_distrifuser(2, no_distrifuser(Path(sys.executable)), gpus=2)
+    assert "cannot import distrifuser: ModuleNotFoundError" in said
+    missing = jobs.why_not_distrifuser(2, no_distrifuser(tmp_path / "python"), gpus=2)
+    assert "No such file" in missing
+
+
+def test_what_distrifusion_ends_with_is_said():
+    with pytest.raises(jobs.NotRun, match=r"ended with code 1: ValueError: so it is"):
+        jobs.run_or_say_why([sys.executable, "-c", "raise ValueError('so it is')"], timeout_s=60)
+    with pytest.raises(jobs.NotRun, match=r"not done after 0\.1 s"):
+        jobs.run_or_say_why([sys.executable, "-c", "import time; time.sleep(60)"], timeout_s=0.1)
+
+
+def test_a_peer_that_cannot_run_is_a_row_and_if_asked_for_a_failure(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(sys, "argv", ["peers", "--only", "distrifuser"])
+    with pytest.raises(SystemExit) as ended:
+        peers.main()
+    assert str(ended.value.code).startswith("distrifuser: not run: DistriFusion needs a CUDA GPU")
+    printed = capsys.readouterr().out
+    assert "DistriFusion, softmax, 2 ranks: not run: DistriFusion needs a CUDA GPU" in printed
+    assert "not_run" in json.loads(printed.splitlines()[-1])["rows"][0]
+
+
+def test_peers_take_turns_and_are_held_against_the_engine(tmp_path):
+    painted = []
+
+    def peer(name, s):
+        def paint(job, picture):
+            painted.append(name)
+            return [
+                {"s": s * rank, "cpu_s": s, "loaded_mb": 1.0, "peak_mb": 2.0} for rank in (1, 2)
+            ]
+
+        return jobs.Peer(name, 2, paint)
+
+    both = {"engine": peer("engine", 1.0), "diffusers": peer("diffusers", 3.0)}
+    measured, reasons = peers.measure(both, None, 2, tmp_path)
+    assert (painted, reasons) == (["engine", "diffusers"] * 2, {})
+    black = torch.zeros(2, 2, 3, dtype=torch.uint8).numpy()
+    rows = peers.table_of(both, measured, {}, {"engine": black, "diffusers": black + 1})
+    assert (rows[0]["s"].median, rows[1]["to_engine"].median) == (2.0, 3.0)
+    assert rows[1]["psnr_db"] == pytest.approx(48.13, abs=0.01)
+    assert rows[1]["largest_difference"] == 1
+
+
+def test_a_folder_for_libraries_of_2023(tmp_path):
+    folder = Path(models.readable_by_old("demo", tmp_path))
+    vocabulary = json.loads((folder / "tokenizer" / "vocab.json").read_text())
+    merges = (folder / "tokenizer" / "merges.txt").read_text().splitlines()
+    assert "<|endoftext|>" in vocabulary
+    assert len(merges[1].split()) == 2
+    encoder = load_file(folder / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in encoder)
+    assert (folder / "unet" / "config.json").is_symlink()
+    assert models.readable_by_old("somebody/something", tmp_path) == "somebody/something"
+
+
+@pytest.mark.slow
+def test_random_weights_paint_with_contrast(tmp_path):
+    models.write("quarter SDXL", tmp_path, torch.float32)
+    pipe = engine.load(str(tmp_path))
+    pipe.set_progress_bar_config(disable=True)
+    seed = torch.Generator().manual_seed(0)
+    size = {"height": 64, "width": 64}
+    pixels = pipe("a", **size, num_inference_steps=2, generator=seed, output_type="np").images
+    assert 0.05 < pixels.std() < 0.4
+
+
 # --- whole jobs, and the page ---------------------------------------------------------------------
 
 
@@ -336,7 +434,9 @@ def test_the_page_has_the_tables_without_the_json():
 
 @pytest.mark.parametrize("name", list(report.RUNS))
 def test_what_the_report_asks_for_is_understood(name, monkeypatch):
-    module = __import__(f"benchmarks.{name}", fromlist=["parse_arguments"])
+    module = importlib.import_module(f"benchmarks.{name}")
+    if hasattr(module, "__path__"):  # a package, which is run by its __main__
+        module = importlib.import_module(f"benchmarks.{name}.__main__")
     for arguments in {report.RUNS[name].arguments, report.RUNS[name].on_gpu or ""}:
         monkeypatch.setattr(sys, "argv", [name, *arguments.split()])
         assert module.parse_arguments()
