@@ -54,6 +54,7 @@ TENSORS = {"ours": 2, "plain": 6, "naive": 7, "softmax": 6}
 HALF_PRECISION_TENSORS = 11
 PRODUCT_TENSORS = 3  # that the products alone are multiplied in
 ESTIMATE_TOKENS = 1024
+MOST_OF_FREE = 0.6  # of the memory; others use it too
 
 
 @dataclass(frozen=True)
@@ -249,8 +250,11 @@ def refusal(
 ) -> str | None:
     """Why this forward is not run, if it is not."""
     needed, free = needed_bytes(name, count, module), free_bytes(module)
-    if needed > 0.6 * free:
-        return f"it would need {needed / GB:.1f} GB, and {free / GB:.1f} GB are free"
+    if needed > MOST_OF_FREE * free:
+        return (
+            f"it would need {needed / GB:.1f} GB, over {MOST_OF_FREE:.0%} of the "
+            f"{free / GB:.1f} GB that are free"
+        )
     takes = estimates[name].of(count)
     if name != "ours" and takes > options.limit_s:
         return f"it would take about {takes:.2g} s, over --limit-s {options.limit_s:g}"
@@ -405,8 +409,10 @@ def draw(rows: list[dict[str, Any]], plt: Any) -> Any:
     for axes, model in zip(grid, models, strict=True):
         own = [row for row in rows if row["model"] == model and not row["left_out"]]
         _draw_times(axes[0], model, own)
-        counts = [row["tokens"] for row in own if row["mb"]] or [row["tokens"] for row in own]
-        bars = [row for row in own if row["tokens"] == max(counts)]
+        # Where there is most to compare.
+        compared = [row for row in own if row["forward"] == "naive"] or own
+        largest = max(row["tokens"] for row in [row for row in own if row["mb"]] or compared)
+        bars = [row for row in own if row["tokens"] == largest]
         _draw_parts(axes[1], bars)
         _draw_memory(axes[2], bars)
     return figure
@@ -419,10 +425,14 @@ def _draw_times(axes: Any, model: str, rows: list[dict[str, Any]]) -> None:
         axes.plot(counts, seconds, "o-", ms=4, color=COLOURS[name], label=name)
     axes.set(xscale="log", yscale="log", xlabel="tokens", title=f"{model}: seconds of one forward")
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda n, _: f"{n / 1024:.0f}k")
+    axes.xaxis.set_major_formatter(lambda n, _: short(n))
     axes.yaxis.set_major_formatter(lambda s, _: f"{s:g}")
     axes.yaxis.set_minor_formatter(lambda s, _: "")
     axes.legend()
+
+
+def short(tokens: float) -> str:
+    return f"{tokens / 2**20:g}M" if tokens >= 2**20 else f"{tokens / 1024:g}k"
 
 
 def _draw_parts(axes: Any, rows: list[dict[str, Any]]) -> None:
@@ -433,12 +443,15 @@ def _draw_parts(axes: Any, rows: list[dict[str, Any]]) -> None:
         axes.bar(place, outside, bottom=whole - outside, color=COLOURS[row["forward"]])
         axes.annotate(f"+{outside:.0f}", (place, whole), ha="center", va="bottom")
     axes.set_xticks(range(len(rows)), [row["forward"] for row in rows])
-    axes.set_title(f"{rows[0]['tokens'] // 1024}k tokens: ms, products in grey")
+    axes.set_title(f"{short(rows[0]['tokens'])} tokens: ms, products in grey")
     axes.grid(axis="x", visible=False)
 
 
 def _draw_memory(axes: Any, rows: list[dict[str, Any]]) -> None:
     rows = [row for row in rows if row["mb"]]
+    if not rows:
+        axes.set_axis_off()
+        return
     colours = [COLOURS[row["forward"]] for row in rows]
     bars = axes.bar([row["forward"] for row in rows], [row["mb"] for row in rows], color=colours)
     axes.bar_label(bars, fmt="%.0f")

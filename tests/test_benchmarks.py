@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
+from PIL import Image
 from safetensors.torch import load_file
 
 import engine
@@ -154,7 +155,7 @@ def test_what_is_left_out_is_said_before_it_is_begun(monkeypatch):
     assert not late["ours"]
     monkeypatch.setattr(attention, "free_bytes", lambda module: 24 * 10**9)
     small = refusals(module, 1048576, seconds=0.0001)
-    assert small["naive"] == "it would need 29.5 GB, and 24.0 GB are free"
+    assert small["naive"] == "it would need 29.5 GB, over 60% of the 24.0 GB that are free"
     assert not small["ours"]
 
 
@@ -348,6 +349,56 @@ def test_what_distrifusion_ends_with_is_said():
         jobs.run_or_say_why([sys.executable, "-c", "raise ValueError('so it is')"], timeout_s=60)
     with pytest.raises(jobs.NotRun, match=r"not done after 0\.1 s"):
         jobs.run_or_say_why([sys.executable, "-c", "import time; time.sleep(60)"], timeout_s=0.1)
+
+
+STAND_IN = """
+import torch
+from PIL import Image
+from torch import distributed
+
+for name in ("synchronize", "reset_peak_memory_stats"):
+    setattr(torch.cuda, name, lambda: None)
+
+
+class DistriConfig:
+    def __init__(self, height, width, do_classifier_free_guidance, warmup_steps, use_cuda_graph):
+        distributed.init_process_group("gloo")
+        self.rank, self.size = distributed.get_rank(), (width, height)
+
+
+class DistriSDPipeline:
+    @classmethod
+    def from_pretrained(cls, distri_config, pretrained_model_name_or_path, torch_dtype, **options):
+        assert not options["requires_safety_checker"]
+        pipe = cls()
+        pipe.size = distri_config.size
+        return pipe
+
+    def set_progress_bar_config(self, disable):
+        pass
+
+    def __call__(self, prompt, num_inference_steps, guidance_scale, generator):
+        self.images = [Image.new("RGB", self.size)]
+        return self
+
+
+DistriSDXLPipeline = None
+"""
+
+
+def test_distrifusions_script_speaks_its_api(tmp_path, monkeypatch):
+    """By a stand-in with the signatures of distrifuser 0.0.1b1, which needs GPUs."""
+    package = tmp_path / "distrifuser"
+    package.mkdir()
+    for name in ("pipelines", "utils"):
+        (package / f"{name}.py").write_text(STAND_IN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    how = jobs.Distrifuser(Path(sys.executable), False, warmup_steps=1, timeout_s=200)
+    job = jobs.Job("demo", "a", 64, 128, 2, 0, 4.0, "float32")
+    measured = jobs.by_distrifuser(2, how, job, tmp_path / "picture.png")
+    assert [set(rank) for rank in measured] == [{"s", "cpu_s", "loaded_mb", "peak_mb"}] * 2
+    assert Image.open(tmp_path / "picture.png").size == (128, 64)
 
 
 def test_a_peer_that_cannot_run_is_a_row_and_if_asked_for_a_failure(monkeypatch, capsys):
