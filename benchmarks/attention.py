@@ -426,6 +426,7 @@ def _draw_times(axes: Any, model: str, rows: list[dict[str, Any]]) -> None:
     axes.set(xscale="log", yscale="log", xlabel="tokens", title=f"{model}: seconds of one forward")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda n, _: short(n))
+    axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
     axes.yaxis.set_major_formatter(lambda s, _: f"{s:g}")
     axes.yaxis.set_minor_formatter(lambda s, _: "")
     axes.legend()
@@ -443,6 +444,7 @@ def _draw_parts(axes: Any, rows: list[dict[str, Any]]) -> None:
         axes.bar(place, outside, bottom=whole - outside, color=COLOURS[row["forward"]])
         axes.annotate(f"+{outside:.0f}", (place, whole), ha="center", va="bottom")
     axes.set_xticks(range(len(rows)), [row["forward"] for row in rows])
+    axes.margins(y=0.1)
     axes.set_title(f"{short(rows[0]['tokens'])} tokens: ms, products in grey")
     axes.grid(axis="x", visible=False)
 
@@ -455,6 +457,7 @@ def _draw_memory(axes: Any, rows: list[dict[str, Any]]) -> None:
     colours = [COLOURS[row["forward"]] for row in rows]
     bars = axes.bar([row["forward"] for row in rows], [row["mb"] for row in rows], color=colours)
     axes.bar_label(bars, fmt="%.0f")
+    axes.margins(y=0.1)
     axes.set_title("extra memory at the peak, MB")
     axes.grid(axis="x", visible=False)
 

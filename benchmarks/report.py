@@ -138,6 +138,7 @@ def page(outcomes: Sequence[Outcome], folder: Path) -> str:
         "the settings above its table. Times on a machine that does other things too are noisy; "
         "most tables say how much.",
         _machine_table(),
+        *_warnings(),
         *(_section(outcome, folder) for outcome in outcomes),
     ]) + "\n"  # fmt: skip
 
@@ -145,6 +146,16 @@ def page(outcomes: Sequence[Outcome], folder: Path) -> str:
 def _machine_table() -> str:
     lines = [f"| {key.replace('_', ' ')} | {value} |" for key, value in common.machine().items()]
     return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _warnings() -> list[str]:
+    load, cores = common.machine()["load_average"], common.machine()["cores"]
+    if load <= 0.5 * cores:
+        return []
+    return [
+        f"**The machine was busy before any of this ran: load {load} on {cores} cores.** Seconds "
+        "and speed-ups are of what was left of it; CPU seconds, bytes, memory and errors hold."
+    ]
 
 
 def _section(outcome: Outcome, folder: Path) -> str:
@@ -162,7 +173,7 @@ def _section(outcome: Outcome, folder: Path) -> str:
 def table_of(printed: str) -> str:
     """What was printed, less the line of JSON."""
     lines = [line.rstrip() for line in printed.splitlines() if not line.startswith("{")]
-    return "\n".join(lines).strip()
+    return "\n".join(lines).strip("\n")
 
 
 def write_page(outcomes: Sequence[Outcome], folder: Path) -> Path:

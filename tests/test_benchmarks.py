@@ -481,6 +481,13 @@ def test_a_failure_is_on_the_page_and_does_not_stop_the_others(tmp_path, monkeyp
 
 def test_the_page_has_the_tables_without_the_json():
     assert report.table_of('a   b\n1   2  \n{"benchmark": 1}\n') == "a   b\n1   2"
+    assert report.table_of("    ms\nours 1\n\n") == "    ms\nours 1"  # columns stay in line
+
+
+@pytest.mark.parametrize(("load", "is_busy"), [(0.3, False), (9.4, True)])
+def test_the_page_says_that_the_machine_was_busy(load, is_busy, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "machine", lambda: {"load_average": load, "cores": 2})
+    assert ("The machine was busy" in report.page([], tmp_path)) is is_busy
 
 
 @pytest.mark.parametrize("name", list(report.RUNS))
