@@ -12,6 +12,8 @@ everything) and then `--repeats` times. A listener on each rank notes when each 
     decode, write        of the finished picture
     s            by the clock, of the rank that took longest; median, min and max of the repeats
     CPU s        of the rank that took most; unlike seconds, they hardly depend on what else runs
+                 where a rank has one thread. Several count their waiting for each other as work,
+                 which on a busy machine may be most of it
     MB           resident in each rank once the model is loaded, and at the peak of painting (of the
                  GPU's memory, on GPUs)
 

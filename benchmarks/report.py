@@ -136,7 +136,8 @@ def page(outcomes: Sequence[Outcome], folder: Path) -> str:
         "# Benchmarks",
         f"Made by `python -m benchmarks.report` in {seconds / 60:.1f} minutes, in small: each with "
         "the settings above its table. Times on a machine that does other things too are noisy; "
-        "most tables say how much.",
+        "most tables say how much. Aims are for the sizes of a benchmark's own settings, and some "
+        "of them are missed in small.",
         _machine_table(),
         *_warnings(),
         *(_section(outcome, folder) for outcome in outcomes),
@@ -154,7 +155,8 @@ def _warnings() -> list[str]:
         return []
     return [
         f"**The machine was busy before any of this ran: load {load} on {cores} cores.** Seconds "
-        "and speed-ups are of what was left of it; CPU seconds, bytes, memory and errors hold."
+        "and speed-ups are of what was left of it, and ranks of several threads wait for each "
+        "other in CPU seconds too. Bytes, memory, errors and CPU seconds of one thread hold."
     ]
 
 
