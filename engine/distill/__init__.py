@@ -10,13 +10,14 @@ alone learn (LinFusion, arXiv:2409.02097, section 3.3).
 settings.py     what can be asked for
 teacher.py      the model: its prompts, latents and noise
 student.py      the network that learns, and the three losses
-sources.py      pictures with captions: a folder, tar files, or the demo's landscapes
+sources.py      pictures with captions: a folder, tar files, or (landscapes.py) the demo's own
 buckets.py      the shapes that pictures are cut to
 latents.py      the pictures as latents, on disk, computed once
 draws.py        what a step sees: by its number, whatever the number of ranks
+lessons.py      from pictures and draws to what both networks see
 backends.py     one process, DDP or DeepSpeed, behind one interface
 trainer.py      the loop: steps, checkpoints, an average of the weights
-records.py      the curve of the losses, as a table and a picture
+records.py      the curve of the losses, as a table and a picture; progress.py tells it on the way
 evaluation.py   student and teacher compared on what neither has trained on
 metrics.py      PSNR, SSIM, FID, CLIP score
 """
