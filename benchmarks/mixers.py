@@ -112,7 +112,9 @@ class Scenes:
     def entries(self, teacher: Teacher, folder: Path) -> list[Entry]:
         """Them as latents in `folder`."""
         alone = Mesh(0, 1, teacher.device, None)
-        files, digest = encode_all(self, [], teacher, folder, alone, lambda what: None)
+        files, digest = encode_all(
+            self, [], teacher, folder, alone, lambda what: None, lambda: False
+        )
         return read_set(files, digest, held_out=0).shapes[self.side, self.side]
 
 

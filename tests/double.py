@@ -32,6 +32,7 @@ from PIL import Image
 
 from engine.output import Target, writer_for
 from engine.output.pixels import halve
+from engine.output.writer import leftovers, remove
 from engine.progress import Progress
 
 
@@ -170,8 +171,12 @@ def write(path: Path, settings: dict[str, Any]) -> None:
 
 
 def write_by_engine(path: Path, pixels: np.ndarray, prompt: str) -> None:
+    """After a kill it clears up first, as `engine.saving` does."""
     target = Target(path, *pixels.shape[:2])
     writer = writer_for(path)
+    writer.restore(path)
+    for left in leftovers(path):
+        remove(left)
     part = writer(target, 0)
     for level in range(writer.levels(target)):
         part.write(range(len(pixels)), pixels, level)
