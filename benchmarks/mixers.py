@@ -21,7 +21,6 @@ which curves rise with the size.
 """
 
 import argparse
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -148,9 +147,10 @@ def train(
     """The loss of every step."""
     weights = LossSettings(relative=True)
     factors = torch.tensor([getattr(weights, part) for part in PARTS], device=teacher.device)
+    optimizer = OptimizerSettings(rate=options.rate, warmup=options.steps // 10)
     backend = open_backend(
         BackendSettings(),
-        OptimizerSettings(rate=options.rate),
+        optimizer,
         Distiller(student, teacher, weights),
         Mesh(0, 1, teacher.device, None),
     )
@@ -161,15 +161,9 @@ def train(
         parts = backend.losses(build_lesson(teacher, picked, draws), last=True).mean(1)
         loss = (parts * factors).sum()
         backend.backward(loss)
-        backend.update(rate_at(step, options.steps, options.rate))
+        backend.update(optimizer.rate_at(step, options.steps))
         curve.append(float(loss.detach()))
     return curve
-
-
-def rate_at(step: int, steps: int, rate: float) -> float:
-    """Up in the first tenth, then down along a cosine."""
-    warm = min(1.0, (step + 1) / (0.1 * steps))
-    return rate * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 @torch.no_grad()

@@ -37,13 +37,13 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from skimage.metrics import structural_similarity
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import engine
 from engine.bands import DisplacedExchange, ExactExchange, Exchange, Mesh, Traffic, open_mesh
 from engine.bands.alone import Alone
 from engine.bands.boundary import Layout
+from engine.distill.metrics import psnr, ssim
 
 MB = 1e6
 
@@ -206,39 +206,20 @@ def row(mesh: Mesh, mode: Mode, result: Measured, exact: Measured) -> dict[str, 
     kinds = {
         kind: sum(own[kind] for own in sent) / mesh.size / steps / MB for kind in sorted(sent[0])
     }
-    decibels = [psnr(a, b) for a, b in zip(result.pictures, exact.pictures, strict=True)]
+    decibels = [psnr(a, b, peak=1) for a, b in zip(result.pictures, exact.pictures, strict=True)]
     return {
         "mode": mode.name,
         "steps": mode.steps,
         "psnr_db": fmean(decibels),
         "worst_psnr_db": min(decibels),
-        "ssim": fmean(ssim(a, b) for a, b in zip(result.pictures, exact.pictures, strict=True)),
+        "ssim": fmean(
+            ssim(a, b, peak=1) for a, b in zip(result.pictures, exact.pictures, strict=True)
+        ),
         "mb_sent_per_step": sum(kinds.values()),
         "mb_sent_per_step_by_kind": kinds,
         "buffer_mb": max(mesh.gather_objects(result.buffer_bytes)) / MB,
         "step_s": {f.__name__: f(result.step_s) for f in (median, min, max)},
     }
-
-
-def psnr(picture: np.ndarray, reference: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in 0 ... 1; infinite for equal ones."""
-    error = float(np.mean((picture.astype(np.float64) - reference) ** 2))
-    return math.inf if error == 0 else -10 * math.log10(error)
-
-
-def ssim(picture: np.ndarray, reference: np.ndarray) -> float:
-    """Structural similarity of pictures [H, W, 3] in 0 ... 1, with the paper's Gaussian window."""
-    return float(
-        structural_similarity(
-            picture.astype(np.float64),
-            reference.astype(np.float64),
-            data_range=1.0,
-            channel_axis=2,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-        )
-    )
 
 
 def save_pictures(path: Path, measured: list[Measured]) -> None:

@@ -41,13 +41,17 @@ def save_pictures(folder: Path, count: int = 24) -> Path:
 
 def settings_of(model: Path, pictures: Path | str, output: Path, *more: str) -> DistillSettings:
     """A run of 50 small steps on the CPU; `more` are flags."""
+    return DistillSettings.load([*flags_of(model, pictures, output), *more])
+
+
+def flags_of(model: Path, pictures: Path | str, output: Path) -> list[str]:
+    """The same, for a process of its own."""
     usual = {
         "model": model, "output": output, "device": "cpu", "steps": 50, "batch": 4,
         "checkpoint-every": 20, "data.source": pictures, "data.side": SIDE, "data.multiple": 64,
         "data.held-out": 4, "optimizer.rate": 1e-3, "optimizer.warmup": 5, "evaluation.pictures": 0,
     }  # fmt: skip
-    flags = [word for name, value in usual.items() for word in (f"--{name}", str(value))]
-    return DistillSettings.load([*flags, *more])
+    return [word for name, value in usual.items() for word in (f"--{name}", str(value))]
 
 
 def control(stop_at: int | None = None, said: list[str] | None = None) -> Control:

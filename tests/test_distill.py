@@ -1,5 +1,6 @@
 """Distillation: one curve on any number of ranks and after any interruption, for every family."""
 
+import errno
 import signal
 import subprocess
 import sys
@@ -13,11 +14,20 @@ from safetensors.torch import load_file
 
 from engine import linfusion
 from engine.config import UserError
+from engine.distill.records import Curve
 from engine.distill.settings import DistillSettings
 from engine.exits import DONE, MISTAKEN, STOPPED
 from engine.loading import load
 from tests.ranks import run_ranks, torchrun
-from tests.students import curve, distil_alone, distil_on, save_pictures, save_teacher, settings_of
+from tests.students import (
+    curve,
+    distil_alone,
+    distil_on,
+    flags_of,
+    save_pictures,
+    save_teacher,
+    settings_of,
+)
 
 STEPS = 50
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -138,34 +148,32 @@ def test_deepspeed_resumes(folder, stage):
     assert_same_run(folder / "alone", settings.output)
 
 
-def test_killed_it_goes_on_from_its_last_checkpoint(folder):
-    """A real process, killed in the middle of a step after the checkpoint of 20 steps."""
-    settings = run_in(folder, "killed")
-    flags = flags_of(folder, "killed")
-    command = [sys.executable, "-m", "engine.distill", *flags, "--progress", "plain"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    for line in process.stdout:
-        if "step 27" in line:
-            process.send_signal(signal.SIGKILL)
-    process.wait()
-    code, out, err = torchrun(1, "-m", "engine.distill", *flags, "--resume")
+def test_a_process_is_told_to_stop_and_killed_and_is_the_same_run(folder):
+    """A signal after a step, then a kill in the middle of one, after the checkpoint of 20."""
+    output = folder / "killed"
+    assert end_at(output, "step 13 ", signal.SIGTERM, folder) == STOPPED
+    assert 13 <= len(curve(output)) < 20
+    assert end_at(output, "step 27 ", signal.SIGKILL, folder, "--resume") == -signal.SIGKILL
+    code, out, err = torchrun(1, *command(folder, output), "--resume")
     assert code == DONE, err
-    assert str(settings.output / "linfusion") in out
-    assert_same_run(folder / "alone", settings.output)
+    assert str(output / "linfusion") in out
+    assert_same_run(folder / "alone", output)
 
 
-def flags_of(folder: Path, name: str) -> list[str]:
-    """The flags of `run_in`, for a process of its own."""
-    given = run_in(folder, name)
-    return [
-        *["--model", given.model, "--output", str(given.output), "--device", "cpu"],
-        *["--steps", "50", "--batch", "4", "--checkpoint-every", "20"],
-        *["--data.source", given.data.source, "--data.side", "64", "--data.multiple", "64"],
-        *["--data.held-out", "4", "--optimizer.rate", "1e-3", "--optimizer.warmup", "5"],
-        *["--evaluation.pictures", "0"],
-    ]
+def end_at(output: Path, word: str, how: signal.Signals, folder: Path, *more: str) -> int:
+    """The exit code of a run that a signal is sent to once it has said `word`."""
+    with subprocess.Popen(
+        [sys.executable, *command(folder, output), "--progress", "plain", *more],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as process:  # fmt: skip
+        for line in process.stdout:
+            if word in line:
+                process.send_signal(how)
+    return process.returncode
+
+
+def command(folder: Path, output: Path) -> list[str]:
+    return ["-m", "engine.distill", *flags_of(folder / "model", folder / "pictures", output)]
 
 
 # --- families -------------------------------------------------------------------------------------
@@ -222,6 +230,20 @@ def test_mistakes_are_one_sentence(folder, tmp_path, more, said):
     assert "\n" not in str(raised.value)
 
 
+def test_a_full_disk_is_a_mistake_on_all_ranks(folder):
+    """Where rank 0 cannot write a step's line, no rank waits for it."""
+    with pytest.raises(AssertionError, match=r"(?s)UserError.*cannot be written \(No space left"):
+        run_ranks(2, distil_on_a_full_disk, run_in(folder, "full"))
+
+
+def distil_on_a_full_disk(mesh, settings):
+    def full(curve, record):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    Curve.add = full
+    distil_on(mesh, settings)
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -230,6 +252,7 @@ def test_mistakes_are_one_sentence(folder, tmp_path, more, said):
         (["--data.source", "photos", "--data.pictures", "30"], "data: pictures goes with"),
         (["--evaluation.pictures", "0", "--evaluation.steps", "3"], "evaluation: steps goes with"),
         (["--steps", "0"], "--steps"),
+        (["--samples-every", "5", "--evaluation.pictures", "0"], "samples_every: sheets show"),
         (["--optimizer.average", "1"], "--optimizer.average"),
     ],
 )

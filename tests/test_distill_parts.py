@@ -1109,25 +1109,31 @@ def record(step: int) -> Record:
     return Record(step, 1 / (step + 3), 0.1 + step, 0.2, 0.3, 1e-4, 2.5e-7)
 
 
+def begun(folder: Path, step: int) -> Curve:
+    curve = Curve(folder, step)
+    curve.begin()
+    return curve
+
+
 def test_a_table_is_read_back_and_lines_that_are_done_again_are_cut_off(tmp_path):
-    curve = Curve(tmp_path, 0)
+    curve = begun(tmp_path, 0)
     for step in range(10):
         curve.add(record(step))
     assert Curve(tmp_path, 10).records == [record(step) for step in range(10)]
-    again = Curve(tmp_path, 7)
+    again = begun(tmp_path, 7)
     assert again.records == [record(step) for step in range(7)]
     again.add(record(7))
     assert Curve(tmp_path, 99).records == [record(step) for step in range(8)]
     lines = (tmp_path / "losses.csv").read_text().splitlines()
     assert lines[0] == "step,loss,noise,output,features,rate,gradient"
     assert len(lines) == 9
-    assert Curve(tmp_path, 0).records == []
+    assert begun(tmp_path, 0).records == []
     assert [file.name for file in tmp_path.iterdir()] == ["losses.csv"]
 
 
 def test_a_line_that_a_kill_has_cut_is_left_out(tmp_path):
     """Wherever it is cut. Its step is not in the checkpoint: that comes after the line."""
-    curve = Curve(tmp_path, 0)
+    curve = begun(tmp_path, 0)
     for step in range(12):
         curve.add(record(step))
     file = tmp_path / "losses.csv"
@@ -1135,7 +1141,7 @@ def test_a_line_that_a_kill_has_cut_is_left_out(tmp_path):
     begin = whole.rindex(b"\n", 0, -1) + 1
     for end in range(begin, len(whole)):
         file.write_bytes(whole[:end])
-        resumed = Curve(tmp_path, 11)
+        resumed = begun(tmp_path, 11)
         assert resumed.records == [record(step) for step in range(11)]
         resumed.add(record(11))
         assert file.read_bytes() == whole
@@ -1144,7 +1150,7 @@ def test_a_line_that_a_kill_has_cut_is_left_out(tmp_path):
 @pytest.mark.parametrize("content", ["", "when,what\n1,2\n", "step,loss\n0,1\n", "step\n\n"])
 def test_a_table_of_something_else_is_written_over(tmp_path, content):
     (tmp_path / "losses.csv").write_text(content)
-    curve = Curve(tmp_path, 5)
+    curve = begun(tmp_path, 5)
     assert curve.records == []
     curve.add(record(5))
     assert Curve(tmp_path, 6).records == [record(5)]
@@ -1152,7 +1158,7 @@ def test_a_table_of_something_else_is_written_over(tmp_path, content):
 
 def test_the_plot(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    curve = Curve(tmp_path, 0)
+    curve = begun(tmp_path, 0)
     curve.draw()
     assert not (tmp_path / "losses.png").exists()  # of nothing
     for step in range(3):

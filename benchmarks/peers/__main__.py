@@ -48,6 +48,7 @@ from benchmarks.common import COLOURS, Aim, Noise
 from benchmarks.networks import MODELS
 from benchmarks.peers import models
 from benchmarks.peers.jobs import Distrifuser, Job, Measured, NotRun, Peer, peers_of
+from engine.distill.metrics import psnr
 
 NAMES = ("engine", "engine-alone", "diffusers", "diffusers-softmax", "distrifuser")
 SHADES = {"engine": "ours", "engine-alone": "ours", "diffusers": "plain", "distrifuser": "naive"}
@@ -163,10 +164,8 @@ def over_rounds(rounds: Sequence[Sequence[Measured]], field: str) -> list[list[f
 
 def agreement(picture: np.ndarray, other: np.ndarray) -> dict[str, float]:
     """Of two 8-bit pictures [H, W, 3]."""
-    difference = picture.astype(np.float64) - other
-    squares = float(np.mean(difference**2))
-    psnr = 10 * float(np.log10(255**2 / squares)) if squares else float("inf")
-    return {"psnr_db": psnr, "largest_difference": int(np.abs(difference).max())}
+    difference = np.abs(picture.astype(int) - other)
+    return {"psnr_db": psnr(picture, other), "largest_difference": int(difference.max())}
 
 
 # --- what it comes to -----------------------------------------------------------------------------

@@ -200,7 +200,11 @@ class Replicas:
 
 def _require_own(folder: Path, name: str, ranks: int | None) -> dict[str, Any]:
     about = kept_state(folder)
-    assert about is not None
+    if about is None:
+        raise UserError(
+            f"output: rank 0 has a checkpoint in {folder}, and another host has none; name a "
+            "folder that all of them share"
+        )
     if about["backend"] != name:
         raise UserError(
             f"{folder}: this run was begun with backend.name {about['backend']}; go on with it, or "

@@ -1,11 +1,13 @@
 """How alike pictures are: PSNR and SSIM of pairs, FID of sets, CLIP score of pictures and captions.
 
-Pictures are [H, W, 3] of 8 bits. FID and CLIP score need networks that only the user can supply.
+Pictures are [H, W, 3] of 8 bits, or up to another `peak`. FID and CLIP score need networks that
+only the user can supply.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +21,13 @@ from engine.config import UserError
 Picture = NDArray[np.uint8]
 
 
-def psnr(a: Picture, b: Picture) -> float:
+def psnr(a: NDArray[Any], b: NDArray[Any], peak: float = 255) -> float:
     """Peak signal-to-noise ratio in dB; infinite where they are the same."""
     error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+    return math.inf if error == 0 else 10 * math.log10(peak**2 / error)
 
 
-def ssim(a: Picture, b: Picture) -> float:
+def ssim(a: NDArray[Any], b: NDArray[Any], peak: float = 255) -> float:
     """Structural similarity of the three channels, 1 where they are the same.
 
     With the Gaussian window and the constants of Wang et al. 2004.
@@ -33,8 +35,9 @@ def ssim(a: Picture, b: Picture) -> float:
     from skimage.metrics import structural_similarity
 
     found = structural_similarity(
-        a, b, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-    )
+        a.astype(np.float64), b.astype(np.float64), data_range=peak, channel_axis=2,
+        gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+    )  # fmt: skip
     return float(found)
 
 

@@ -1,5 +1,6 @@
 """How far a distillation is, in the dialects of `engine.progress`."""
 
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ class Meter:
         told = Distilling(
             picture=self._name, phase="distilling", step=step, steps=self._steps,
             share=step / self._steps, eta_s=pace * (self._steps - step), seconds_per_step=pace,
+            memory_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
             loss=self._smooth / self._weight,
         )  # fmt: skip
         self._listener(told)

@@ -32,6 +32,9 @@ class Curve:
     def __init__(self, folder: Path, step: int) -> None:
         self._file = folder / "losses.csv"
         self.records = [record for record in _read(self._file) if record.step < step]
+
+    def begin(self) -> None:
+        """Cut off what is done again."""
         temporary = self._file.with_suffix(".tmp")
         with temporary.open("w", newline="") as file:
             writer = _writer(file)

@@ -4,6 +4,7 @@ As in `engine.config`, nothing heavy is imported here, and a setting that would 
 refused.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -86,6 +87,13 @@ class OptimizerSettings(Group):
     average: _Share = Field(
         default=0.999, description="Of the moving average of the weights (EMA); 0 is none."
     )
+
+    def rate_at(self, step: int, steps: int) -> float:
+        """The learning rate of one of so many steps: up in the warm-up, then down, if it does."""
+        warm = min(1.0, (step + 1) / (self.warmup + 1))
+        if self.schedule == "constant":
+            return self.rate * warm
+        return self.rate * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 class BackendSettings(Group):
@@ -210,6 +218,15 @@ class DistillSettings(Group):
         gt=0,
         description="Seconds without any progress after which the job fails and names the rank.",
     )
+
+    @model_validator(mode="after")
+    def _sheets_have_pictures(self) -> Self:
+        if self.samples_every and not self.evaluation.pictures:
+            raise ValueError(
+                "samples_every: sheets show evaluation.pictures, and these are 0; choose some, or "
+                "leave samples_every out"
+            )
+        return self
 
     @classmethod
     def load(cls, argv: Sequence[str] | None = None) -> Self:

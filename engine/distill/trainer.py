@@ -14,25 +14,27 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from engine import linfusion
 from engine.bands import Mesh
 from engine.config import UserError
 from engine.distill.backends import Backend, kept_state, open_backend, require_backend
-from engine.distill.buckets import shapes_of
+from engine.distill.buckets import Shape, shapes_of
 from engine.distill.draws import Share, draw, draw_shape, shares
 from engine.distill.evaluation import Evaluator, Report, compare, save_sheet
 from engine.distill.latents import PictureSet, encode_all, read_set, say_broken
 from engine.distill.lessons import build_lesson
 from engine.distill.progress import Meter
 from engine.distill.records import Curve, Record
-from engine.distill.settings import LANDSCAPES, DistillSettings
+from engine.distill.settings import LANDSCAPES, DataSettings, DistillSettings
 from engine.distill.sources import Source, open_source
 from engine.distill.student import PARTS, Distiller, attentions, build_student, learning
 from engine.distill.teacher import Teacher, describe_teacher, load_teacher
@@ -66,7 +68,10 @@ def distil(settings: DistillSettings, mesh: Mesh, control: Control) -> tuple[int
     Raises:
         UserError: a mistake; most are found before any weights are loaded.
     """
-    source, side = mesh.agree(lambda: _check(settings))
+    found = mesh.agree(lambda: _check(settings))
+    # Rank 0's list of files is everybody's, whatever is added to the folder meanwhile.
+    source, side = mesh.gather_objects(found if mesh.rank == 0 else (None, 0))[0]
+    assert source is not None
     mesh = mesh.on_device(settings.device)
     control.doing("loading the teacher")
     dtype = getattr(torch, settings.dtype)
@@ -97,7 +102,28 @@ def _check(settings: DistillSettings) -> tuple[Source, int]:
         linfusion.read_config(settings.begin)
     if settings.evaluation.beside is not None:
         linfusion.read_config(settings.evaluation.beside)
-    return open_source(settings.data), describe_teacher(settings.model)
+    source, side = open_source(settings.data), describe_teacher(settings.model)
+    if side:
+        _shapes(settings.data, side)
+    return source, side
+
+
+def _shapes(data: DataSettings, native: int) -> list[Shape]:
+    """What pictures are cut to; none where the source has shapes of its own.
+
+    Args:
+        native: the side that the model is made for, px.
+    """
+    if data.source == LANDSCAPES:
+        return []
+    side = data.side or native
+    shapes = shapes_of(side, data.multiple, data.aspect)
+    if not shapes:
+        raise UserError(
+            f"data.multiple: no shape of {side} px has sides that are multiples of "
+            f"{data.multiple} px; {side} or less would work"
+        )
+    return shapes
 
 
 def _make(folder: Path) -> None:
@@ -125,15 +151,7 @@ def _pictures(
 ) -> PictureSet | None:  # fmt: skip
     """The pictures as latents; None where a signal came before they were all encoded."""
     data = settings.data
-    shapes = []
-    if data.source != LANDSCAPES:
-        side = data.side or side or 8 * int(teacher.pipe.unet.config.sample_size)
-        shapes = shapes_of(side, data.multiple, data.aspect)
-        if not shapes:
-            raise UserError(
-                f"data.multiple: no shape of {side} px has sides that are multiples of "
-                f"{data.multiple} px; {side} or less would work"
-            )
+    shapes = _shapes(data, side or 8 * int(teacher.pipe.unet.config.sample_size))
     folder = data.cache or settings.output / "cache"
     encoded = encode_all(source, shapes, teacher, folder, mesh, control.doing, control.told_to_stop)
     if encoded is None:
@@ -169,21 +187,34 @@ class _Run:
         self._first = self._resume()
 
     def run(self) -> tuple[int, str]:
-        settings = self._settings
-        curve = Curve(settings.output, self._first) if self._mesh.rank == 0 else None
+        settings, curve = self._settings, Curve(self._settings.output, self._first)
+        self._write(curve.begin)
         meter = Meter(settings.output.name, self._first, settings.steps, self._control.tell)
         for step in range(self._first, settings.steps):
             record = self._step(step)
-            if curve is not None:
-                curve.add(record)
+            self._write(partial(curve.add, record))
             self._control.doing(meter.step(step + 1, record.loss))
             if self._mesh.any(self._control.told_to_stop()) and step + 1 < settings.steps:
                 self._keep(step + 1)
                 return STOPPED, f"stopped after step {step + 1}; --resume goes on"
             self._between(step + 1, curve)
-        if curve is not None:
-            curve.draw()
+        self._write(curve.draw)
         return DONE, self._finish()
+
+    def _write(self, action: Callable[[], object], everywhere: bool = False) -> None:
+        """Let rank 0 write something, or all ranks; where one cannot, no rank goes on."""
+
+        def write() -> None:
+            try:
+                if everywhere or self._mesh.rank == 0:
+                    action()
+            except (OSError, SafetensorError) as error:  # the latter where the disk is full
+                raise UserError(
+                    f"{self._settings.output} cannot be written "
+                    f"({getattr(error, 'strerror', None) or error}): make room, then --resume"
+                ) from error
+
+        self._mesh.agree(write)
 
     # --- a step -----------------------------------------------------------------------------------
 
@@ -208,7 +239,7 @@ class _Run:
                 f"the loss is not finite at step {step + 1}: choose a lower optimizer.rate, or "
                 "dtype float32"
             )
-        rate = self._rate(step)
+        rate = settings.optimizer.rate_at(step, settings.steps)
         gradient = self._backend.update(rate)
         self._follow(step)
         noise, output, features = sums.tolist()
@@ -226,13 +257,6 @@ class _Run:
                 work.wait()
         return sums
 
-    def _rate(self, step: int) -> float:
-        settings = self._settings.optimizer
-        warm = min(1.0, (step + 1) / (settings.warmup + 1))
-        if settings.schedule == "constant":
-            return settings.rate * warm
-        return settings.rate * warm * 0.5 * (1 + math.cos(math.pi * step / self._settings.steps))
-
     def _follow(self, step: int) -> None:
         """The moving average; the first steps weigh less than they would for ever."""
         weight = min(self._settings.optimizer.average, (step + 1) / (step + 10))
@@ -241,15 +265,14 @@ class _Run:
 
     # --- between steps ----------------------------------------------------------------------------
 
-    def _between(self, done: int, curve: Curve | None) -> None:
+    def _between(self, done: int, curve: Curve) -> None:
         settings = self._settings
         is_last = done == settings.steps
         if is_last or done % settings.checkpoint_every == 0:
             self._keep(done)
         if settings.samples_every and (is_last or done % settings.samples_every == 0):
             self._sheet(done)
-            if curve is not None:
-                curve.draw()
+            self._write(curve.draw)
         every = settings.evaluation.every
         if every and not is_last and done % every == 0:
             self._control.say(str(self._report(f"step {done}")))
@@ -258,17 +281,7 @@ class _Run:
         self._control.doing(f"keeping a checkpoint of {done} steps")
         about = {"step": done, "facts": self._facts}
         state = {"about": about, "average": self._average}
-
-        def save() -> None:
-            try:
-                self._backend.save(self._settings.output, state)
-            except OSError as error:
-                raise UserError(
-                    f"no checkpoint can be kept in {self._settings.output} "
-                    f"({error.strerror or error}): make room, then --resume"
-                ) from error
-
-        self._mesh.agree(save)
+        self._write(partial(self._backend.save, self._settings.output, state), everywhere=True)
 
     def _resume(self) -> int:
         folder = self._settings.output
@@ -300,20 +313,23 @@ class _Run:
     def _sheet(self, done: int) -> None:
         self._control.doing(f"painting samples after {done} steps")
         columns = [self._evaluator.paint_teacher(), self._evaluator.paint(self._student())]
-        if self._mesh.rank == 0 and columns[0]:
-            save_sheet(columns, self._settings.output / "samples" / f"step_{done:08d}.png")
+        path = self._settings.output / "samples" / f"step_{done:08d}.png"
+        if columns[0]:  # there is none where all held-out pictures are close-ups
+            self._write(partial(save_sheet, columns, path))
 
     def _report(self, name: str, student: nn.Module | None = None) -> Report:
         self._control.doing(f"evaluating {name}")
         report = self._evaluator.report(name, student or self._student())
-        if self._mesh.rank == 0:
-            with (self._settings.output / "evaluation.jsonl").open("a") as file:
-                file.write(json.dumps(asdict(report)) + "\n")
+        self._write(partial(self._append, report))
         return report
+
+    def _append(self, report: Report) -> None:
+        with (self._settings.output / "evaluation.jsonl").open("a") as file:
+            file.write(json.dumps(asdict(report)) + "\n")
 
     def _finish(self) -> str:
         settings, folder = self._settings, self._settings.output / MODULES
-        self._mesh.agree(lambda: self._export(folder))
+        self._write(partial(self._export, folder))
         reports = [self._report("the student")]
         if (beside := settings.evaluation.beside) is not None:
             other = self._mesh.agree(lambda: build_student(self._teacher.unet, beside))
@@ -323,11 +339,10 @@ class _Run:
         return f"{compare(reports)}\n{folder}"
 
     def _export(self, folder: Path) -> None:
-        """In the published layout, by rank 0."""
-        if self._mesh.rank == 0:
-            exported = build_student(self._teacher.unet)
-            for parameter, mean in zip(learning(exported), self._average, strict=True):
-                parameter.data.copy_(mean)
-            for attention in attentions(exported):
-                attention.to(getattr(torch, self._settings.export))
-            linfusion.save(exported, folder)
+        """In the published layout."""
+        exported = build_student(self._teacher.unet)
+        for parameter, mean in zip(learning(exported), self._average, strict=True):
+            parameter.data.copy_(mean)
+        for attention in attentions(exported):
+            attention.to(getattr(torch, self._settings.export))
+        linfusion.save(exported, folder)
