@@ -15,6 +15,7 @@ that say otherwise are refused, with the first difference. What "auto" came to i
 another machine it could mean something else.
 """
 
+import contextlib
 import os
 import pickle
 from collections.abc import Callable, Mapping
@@ -120,6 +121,15 @@ def is_finished(settings: Settings) -> bool:
     painted = settings.file.model_copy(update={"bits": bits})
     samples = {output.sample_of(settings.output, file) for file in (settings.file, painted)}
     return len(samples) == 1 and _difference(facts, settings.provenance()) is None
+
+
+def tidy(settings: Settings) -> None:
+    """Remove the checkpoint of a finished picture: its job was killed just before it did so."""
+    path = checkpoint_path(settings)
+    with contextlib.suppress(UserError):  # not readable, so not known to be of this picture
+        kept = _read(path)
+        if kept is not None and _difference(kept["facts"], settings.provenance()) is None:
+            path.unlink(missing_ok=True)
 
 
 # --- the same settings ----------------------------------------------------------------------------

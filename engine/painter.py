@@ -19,7 +19,7 @@ from typing import Literal, TypeVar
 import torch
 
 from engine.bands import Mesh
-from engine.checkpoint import is_finished, pinned
+from engine.checkpoint import is_finished, pinned, tidy
 from engine.config import Settings, UserError
 from engine.keeper import Control, Interrupted
 from engine.pipeline import Engine
@@ -80,6 +80,7 @@ class Painter:
         if settings.resume:
             # As rank 0 sees it: the others' disks may show what is new a little later.
             if self._as_first(lambda: is_finished(settings)):
+                self._mesh.agree(lambda: tidy(settings) if self._mesh.rank == 0 else None)
                 return Outcome("finished", f"{settings.output}: is finished already, nothing to do")
             settings = self._as_first(lambda: pinned(settings))
         try:

@@ -1,6 +1,7 @@
 """A picture that was interrupted anywhere goes on to the very same picture."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -19,10 +20,11 @@ from PIL import Image
 
 from engine import checkpoint
 from engine.bands import open_mesh
-from engine.checkpoint import Checkpoint, checkpoint_path, is_finished, pinned
+from engine.checkpoint import Checkpoint, checkpoint_path, is_finished, pinned, tidy
 from engine.config import Settings, UserError
 from engine.keeper import Control, Interrupted
 from engine.ladder import Rung, begin_base
+from engine.painter import Painter
 from engine.pipeline import Engine
 from tests.pictures import by_pillow, pixels_of
 from tests.ranks import run_ranks
@@ -221,6 +223,20 @@ def test_a_finished_picture_is_known(tiny_model, tmp_path):
     assert is_finished(asked)
     for change in ({"seed": 6}, {"file": {"bits": "16"}}):
         assert not is_finished(settings(tiny_model, tmp_path / "a.png", **change))
+
+
+def test_a_finished_pictures_checkpoint_goes_when_it_is_asked_for_again(tiny_model, tmp_path):
+    """Its job was killed between the picture's rename and the checkpoint's end."""
+    asked, kept = settings(tiny_model, tmp_path / "a.png"), tmp_path / "kept"
+    with open_mesh() as mesh:
+        assert "stopped as told" in paint(mesh, asked, 2)
+        shutil.copy(checkpoint_path(asked), kept)
+        paint(mesh, asked)
+        shutil.copy(kept, checkpoint_path(asked))
+        tidy(settings(tiny_model, tmp_path / "a.png", seed=6))
+        assert checkpoint_path(asked).exists(), "it is of another picture"
+        assert Painter(mesh).paint(asked).word == "finished"
+    assert not checkpoint_path(asked).exists()
 
 
 def test_a_checkpoint_in_another_folder(tiny_model, tmp_path):

@@ -168,7 +168,9 @@ def test_whatever_happens_the_job_ends_and_is_resumed_to_the_same_picture(
         code = job.end()
         assert code in {0, *codes}, (what, code, job.said())
         assert code == 0 or said in job.said(), (what, job.said())
-        assert output.exists() == (code == 0)
+        if output.exists():  # what happens behind the last rename changes nothing
+            np.testing.assert_array_equal(by_pillow(output), whole)
+        assert output.exists() or code != 0
     job = Job(tiny_model, output, "--resume")
     assert job.end() == 0, job.said()
     np.testing.assert_array_equal(by_pillow(output), whole)
