@@ -35,12 +35,12 @@ class Sentinel(TorchFunctionMode):
         kwargs = kwargs or {}
         if current_exchange() is not None:
             self.seen += 1
-            reason = _mixes_rows(func, args, kwargs)
-            caller = _caller().f_code
-            if reason and not caller.co_filename.startswith(_BANDS):
-                raise AssertionError(
-                    f"{reason} on a band, called from {caller.co_filename}, {caller.co_name}()"
-                )
+            if reason := _mixes_rows(func, args, kwargs):
+                caller = _caller().f_code
+                if not caller.co_filename.startswith(_BANDS):
+                    raise AssertionError(
+                        f"{reason} on a band, called from {caller.co_filename}, {caller.co_name}()"
+                    )
         return func(*args, **kwargs)
 
 
@@ -57,10 +57,8 @@ def _caller():
 
 def _mixes_rows(func, args, kwargs):
     """Why this operation looks beyond a row of its first argument, or None."""
-    for functions, rule in _RULES:
-        if func in functions:
-            return rule(func.__name__, *args, **kwargs)
-    return None
+    rule = _RULES.get(func)
+    return rule and rule(func.__name__, *args, **kwargs)
 
 
 def _always(name, *args, **kwargs):
@@ -114,16 +112,20 @@ def _both(*names):
     return {getattr(space, name) for name in names for space in spaces if hasattr(space, name)}
 
 
-_RULES = [
-    (_both("conv1d", "conv2d", "conv3d", "conv_transpose2d"), _kernel),
-    (_both("group_norm", "instance_norm", "batch_norm", "local_response_norm"), _always),
-    (_both("avg_pool2d", "max_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"), _always),
-    (_both("unfold", "fold", "grid_sample", "pixel_shuffle", "pixel_unshuffle"), _always),
-    ({getattr(torch.fft, name) for name in torch.fft.__all__ if "freq" not in name}, _always),
-    (_both("pad"), _pad),
-    (_both("interpolate", "upsample"), _resize),
-    (_both("scaled_dot_product_attention"), _attention),
-    (_both("softmax"), _softmax),
-    (_both("mean", "sum", "var", "std", "amax", "amin", "var_mean", "cumsum"), _reduce),
-    (_both("roll", "flip"), _shift),
-]
+_RULES = {
+    function: rule
+    for functions, rule in [
+        (_both("conv1d", "conv2d", "conv3d", "conv_transpose2d"), _kernel),
+        (_both("group_norm", "instance_norm", "batch_norm", "local_response_norm"), _always),
+        (_both("avg_pool2d", "max_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"), _always),
+        (_both("unfold", "fold", "grid_sample", "pixel_shuffle", "pixel_unshuffle"), _always),
+        ({getattr(torch.fft, name) for name in torch.fft.__all__ if "freq" not in name}, _always),
+        (_both("pad"), _pad),
+        (_both("interpolate", "upsample"), _resize),
+        (_both("scaled_dot_product_attention"), _attention),
+        (_both("softmax"), _softmax),
+        (_both("mean", "sum", "var", "std", "amax", "amin", "var_mean", "cumsum"), _reduce),
+        (_both("roll", "flip"), _shift),
+    ]
+    for function in functions
+}
