@@ -26,6 +26,7 @@ from engine.parallel import band_layers
 from tests.models import latent, save_tiny_pipeline, tiny_unet, tiny_vae
 from tests.ranks import run_ranks, torchrun
 
+RANKS = [2, 3, pytest.param(5, marks=pytest.mark.long)]
 SIZES = [(64, 64), (32, 48), (41, 32)]  # latent rows and columns of 512x512, 384x256, 256x328 px
 
 
@@ -60,7 +61,7 @@ def unet_errors(mesh, linear):
     return errors
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 5])
+@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("linear", [True, False], ids=["linear", "softmax"])
 def test_the_unet_over_bands_is_the_unet(ranks, linear):
     errors = run_ranks(ranks, unet_errors, linear)[0]
@@ -83,7 +84,7 @@ def decoder_errors(mesh):
     return errors
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 5])
+@pytest.mark.parametrize("ranks", RANKS)
 def test_the_decoder_over_bands_is_the_decoder(ranks):
     errors = run_ranks(ranks, decoder_errors)[0]
     assert len(errors) == len(SIZES)

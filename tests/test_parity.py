@@ -504,11 +504,16 @@ def _run_row(mesh, program, distribute):
 def pictures(request):
     """pictures(ranks) -> for every rank, its pictures of all rows that are selected."""
     params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    selected = {p.get("name") for p in params} | {r for p in params for r in p.get("rows", ())}
 
     @functools.cache
     def run(ranks, **options):
-        names = [n for n in ROWS if n in selected and (not options or n in GROUPED)]
+        selected = {
+            name
+            for p in params
+            if ranks == 1 or (p.get("ranks"), p.get("groups")) == (ranks, options.get("groups"))
+            for name in p.get("rows", [p.get("name")])
+        }
+        names = [name for name in ROWS if name in selected]
         try:
             return run_ranks(ranks, run_rows, names, options)
         except AssertionError as error:  # said once for each row, not tried again for each
@@ -528,10 +533,36 @@ def check(pictures, name, ranks, **options):
             assert abs(got - wanted).max() <= ROWS[name][1], f"rank {rank}"
 
 
+# Rows that go through every kind of exchange, also where a band has a neighbour on both sides.
+WITH_A_MIDDLE = [
+    "inpainting_with_sdxl",
+    "two_loras_weighted",
+    "several_controlnets",
+    "ip_adapter_with_masks",
+    "freeu",
+    "ddim_with_eta_unseeded",
+]
+
+
+def mostly_long(names, few):
+    """All `names`, those that are not among the `few` with the long tests."""
+    return [
+        pytest.param(name, marks=[] if name in few else pytest.mark.long, id=name) for name in names
+    ]
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2])
 @pytest.mark.parametrize("name", ROWS)
-def test_the_table_on_three_ranks(pictures, name):
-    check(pictures, name, 3)
+def test_the_table_on_two_ranks(pictures, name, ranks):
+    check(pictures, name, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [3])
+@pytest.mark.parametrize("name", mostly_long(ROWS, WITH_A_MIDDLE))
+def test_the_table_on_three_ranks(pictures, name, ranks):
+    check(pictures, name, ranks)
 
 
 # Rows whose batches are shared out in different ways between two groups of ranks.
@@ -553,10 +584,17 @@ GROUPED = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(("ranks", "groups"), [(2, 2)])
 @pytest.mark.parametrize("name", GROUPED)
-def test_the_batch_in_two_groups(pictures, name, ranks):
-    check(pictures, name, ranks, groups=2)
+def test_the_batch_in_two_groups(pictures, name, ranks, groups):
+    check(pictures, name, ranks, groups=groups)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "groups"), [(4, 2)])
+@pytest.mark.parametrize("name", mostly_long(GROUPED, ["instruct_pix2pix", "several_controlnets"]))
+def test_the_batch_in_two_groups_of_bands(pictures, name, ranks, groups):
+    check(pictures, name, ranks, groups=groups)
 
 
 # Rows that may paint what another row paints.
@@ -606,7 +644,9 @@ def build(family, attention):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(
+    "ranks", [1, 2, 3, *(pytest.param(n, marks=pytest.mark.long) for n in (4, 5))]
+)
 @pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
 def test_families_at_even_odd_and_ragged_heights(family, ranks):
     # The last band has as many rows as the others, or 5 of 8, or a single one.
