@@ -213,7 +213,7 @@ def test_gradients_take_the_plain_way():
 
 def forwards(unet, count):
     text = latent(7, 24, channels=1, batch=1)[:, 0].float()
-    samples = [latent(16, 12, batch=1).float() + 0.1 * i for i in range(count)]
+    samples = [latent(16, 6, batch=1).float() + 0.1 * i for i in range(count)]
     return torch.cat([unet(x, 500, text).sample for x in samples])
 
 
