@@ -518,7 +518,7 @@ def test_a_killed_server_takes_its_ranks_along_and_a_new_one_goes_on(tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_whatever_is_killed_at_whatever_moment_every_job_is_painted(
     tmp_path: Path, seed: int
 ) -> None:

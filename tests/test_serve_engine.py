@@ -39,8 +39,18 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def service(tmp_path: Path, config: Path) -> Iterator[Service]:
+    """For tests that end some of its processes."""
     flags = ["--engine-config", config, "--ranks", 2]
     with serving(tmp_path / "served", *flags, worker="engine.worker") as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def lasting(tmp_path_factory: pytest.TempPathFactory, config: Path) -> Iterator[Service]:
+    """For tests that leave it as they find it."""
+    flags = ["--engine-config", config, "--ranks", 2]
+    folder = tmp_path_factory.mktemp("lasting") / "served"
+    with serving(folder, *flags, worker="engine.worker") as service:
         yield service
 
 
@@ -56,12 +66,12 @@ def until_step(service: Service, name: str, step: int) -> None:
 
 
 def test_openais_client_gets_what_the_command_line_paints(
-    service: Service, config: Path, tmp_path: Path
+    lasting: Service, config: Path, tmp_path: Path
 ) -> None:
-    client = openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0)
+    client = openai.OpenAI(base_url=f"{lasting.url}/v1", api_key="none", max_retries=0)
     wishes = {"seed": 5, "steps": 4, "guidance_scale": 3.0, "negative_prompt": "fog"}
     answer = client.images.generate(prompt="a lake", size="128x96", extra_body=wishes)
-    served = pixels_of(service.http.get(answer.data[0].url).content)
+    served = pixels_of(lasting.http.get(answer.data[0].url).content)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in wishes.items()]
     output = tmp_path / "same.png"
     subprocess.run(
@@ -72,23 +82,23 @@ def test_openais_client_gets_what_the_command_line_paints(
     )  # fmt: skip
     assert np.array_equal(served, pixels_of(output.read_bytes()))
     name = answer.data[0].id
-    page = service.http.get(f"/v1/images/{name}/view/")
+    page = lasting.http.get(f"/v1/images/{name}/view/")
     assert f'"{name}_files"' in page.text
-    tile = pixels_of(service.http.get(f"/v1/images/{name}/view/{name}_files/7/0_0.jpg").content)
+    tile = pixels_of(lasting.http.get(f"/v1/images/{name}/view/{name}_files/7/0_0.jpg").content)
     assert tile.shape == served.shape
     assert np.abs(tile.astype(int) - served).mean() < 8
 
 
-def test_what_the_engine_refuses_and_other_formats(service: Service) -> None:
+def test_what_the_engine_refuses_and_other_formats(lasting: Service) -> None:
     for name, kind in [("jpeg", "JPEG"), ("webp", "WEBP")]:
-        job = service.wait_for(service.ask("a lake", steps=1, output_format=name)["id"])
+        job = lasting.wait_for(lasting.ask("a lake", steps=1, output_format=name)["id"])
         assert job["status"] == "completed", job
-        content = service.http.get(f"/v1/images/{job['id']}/content").content
+        content = lasting.http.get(f"/v1/images/{job['id']}/content").content
         assert Image.open(io.BytesIO(content)).format == kind
-    refused = service.wait_for(service.ask("a lake", size="8x8")["id"])
+    refused = lasting.wait_for(lasting.ask("a lake", size="8x8")["id"])
     assert refused["status"] == "failed"
     assert refused["error"]["code"] == "mistake"
-    assert service.wait_for(service.ask("a lake", steps=1)["id"])["status"] == "completed"
+    assert lasting.wait_for(lasting.ask("a lake", steps=1)["id"])["status"] == "completed"
 
 
 def test_a_rank_that_is_killed_in_the_middle_of_a_picture(service: Service) -> None:
@@ -101,16 +111,16 @@ def test_a_rank_that_is_killed_in_the_middle_of_a_picture(service: Service) -> N
     assert service.http.get(f"/v1/images/{job['id']}/content").status_code == 200
 
 
-def test_a_cancelled_picture_leaves_nothing_and_the_next_is_painted(service: Service) -> None:
-    job, after = service.ask("a lake", steps=MANY_STEPS), service.ask("a hill", steps=1)
-    until_step(service, job["id"], 5)
+def test_a_cancelled_picture_leaves_nothing_and_the_next_is_painted(lasting: Service) -> None:
+    job, after = lasting.ask("a lake", steps=MANY_STEPS), lasting.ask("a hill", steps=1)
+    until_step(lasting, job["id"], 5)
     path = f"/v1/images/{job['id']}/preview"
-    service.until(lambda: service.http.get(path).status_code == 200)
-    service.http.delete(f"/v1/images/{job['id']}")
-    assert service.wait_for(job["id"])["status"] == "cancelled"
-    folder = service.folder / job["id"]
-    service.until(lambda: {path.name for path in folder.iterdir()} == {"job.json"})
-    assert service.wait_for(after["id"])["status"] == "completed"
+    lasting.until(lambda: lasting.http.get(path).status_code == 200)
+    lasting.http.delete(f"/v1/images/{job['id']}")
+    assert lasting.wait_for(job["id"])["status"] == "cancelled"
+    folder = lasting.folder / job["id"]
+    lasting.until(lambda: {path.name for path in folder.iterdir()} == {"job.json"})
+    assert lasting.wait_for(after["id"])["status"] == "completed"
 
 
 def test_stopped_in_the_middle_it_goes_on_from_the_checkpoint(
