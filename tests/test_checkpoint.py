@@ -1,6 +1,7 @@
 """A picture that was interrupted anywhere goes on to the very same picture."""
 
 import dataclasses
+import functools
 import shutil
 
 import numpy as np
@@ -73,33 +74,50 @@ def paint_in_pieces(mesh, asked, counts):
     return [*said, paint(mesh, asked)]
 
 
+@pytest.fixture(scope="module")
+def whole(tiny_model, tmp_path_factory):
+    """whole(ranks) -> the picture that nothing happened to."""
+
+    @functools.cache
+    def paint_it(ranks):
+        asked = settings(tiny_model, tmp_path_factory.mktemp("whole") / "a.png")
+        assert run_ranks(ranks, paint, asked) == [None] * ranks
+        return by_pillow(asked.output)
+
+    return paint_it
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "counts"),
-    [(1, [1]), (1, [3, 1]), (1, [4]), (2, [2]), (2, [4]), (2, [5, 1]), (2, [7])],
+    [
+        pytest.param(1, [1], marks=pytest.mark.long),
+        (1, [3, 1]),
+        (1, [4]),
+        (2, [2]),
+        pytest.param(2, [4], marks=pytest.mark.long),
+        (2, [5, 1]),
+        (2, [7]),
+    ],
 )
-def test_interrupted_and_resumed_to_the_bit(tiny_model, tmp_path, ranks, counts):
+def test_interrupted_and_resumed_to_the_bit(whole, tiny_model, tmp_path, ranks, counts):
     """Within the base, at its end, within the rung above, at the end."""
-    whole, pieces = (settings(tiny_model, tmp_path / name) for name in ("a.png", "b.png"))
-    assert run_ranks(ranks, paint, whole) == [None] * ranks
+    pieces = settings(tiny_model, tmp_path / "a.png")
     for said in run_ranks(ranks, paint_in_pieces, pieces, counts):
         stopped = f"{pieces.output}: stopped as told; resume goes on from {checkpoint_path(pieces)}"
         assert said == [stopped] * len(counts) + [None]
-    np.testing.assert_array_equal(by_pillow(whole.output), by_pillow(pieces.output))
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.png", "b.png"]
+    np.testing.assert_array_equal(whole(ranks), by_pillow(pieces.output))
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
 
 
-@pytest.mark.parametrize("counts", [[2], [5]])
-def test_another_number_of_ranks_goes_on(tiny_model, tmp_path, counts):
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.long), 5])
+def test_another_number_of_ranks_goes_on(whole, tiny_model, tmp_path, count):
     asked = settings(tiny_model, tmp_path / "a.png")
-    run_ranks(1, paint, asked)
-    whole = by_pillow(asked.output).astype(int)
-    asked.output.unlink()
-    said = run_ranks(3, paint, asked, counts[0])
+    said = run_ranks(3, paint, asked, count)
     assert all("stopped as told" in one for one in said)
     run_ranks(2, paint, asked, 1)
     run_ranks(1, paint, asked)
-    assert abs(by_pillow(asked.output) - whole).max() <= 1
+    assert abs(by_pillow(asked.output) - whole(1).astype(int)).max() <= 1
 
 
 def test_a_job_goes_on_with_less_memory_and_other_groups(tiny_model, tmp_path):
@@ -140,34 +158,42 @@ def checkpoint_settings(every):
 @pytest.mark.parametrize(
     ("at", "every", "kept"), [(3, 2, (0, 2)), (3, 1, (0, 3)), (5, 0, (0, 4)), (6, 1, (1, 2))]
 )
-def test_what_is_kept_on_the_way(tiny_model, tmp_path, at, every, kept, one_thread):
+def test_what_is_kept_on_the_way(whole, tiny_model, tmp_path, at, every, kept, one_thread):
     asked = settings(tiny_model, tmp_path / "a.png")
     with open_mesh() as mesh:
-        paint(mesh, asked)
-        whole = by_pillow(asked.output)
-        asked.output.unlink()
         assert lose(mesh, asked, at, every) == kept
         assert paint(mesh, asked) is None
-    np.testing.assert_array_equal(by_pillow(asked.output), whole)
+    np.testing.assert_array_equal(by_pillow(asked.output), whole(1))
     assert not checkpoint_path(asked).exists()
 
 
-def paint_by(mesh, scheduler, asked, count):
-    engine = Engine.load(asked, mesh, Control(should_stop=StopAfter(count)))
-    engine.pipe.scheduler = scheduler.from_config(engine.pipe.scheduler.config)
+@pytest.fixture(scope="module")
+def loaded(tiny_model, tmp_path_factory):
+    """An engine, for one scheduler after the other."""
+    asked = small(tiny_model, tmp_path_factory.mktemp("loaded") / "a.png")
+    with open_mesh() as mesh:
+        yield Engine.load(asked, mesh)
+
+
+def small(model, output):
+    ladder = {**LADDER, "strategy": "sdedit", "base": 32}
+    return settings(model, output, height=64, width=48, ladder=ladder)
+
+
+def paint_by(engine, scheduler, asked, count):
+    """With a new scheduler and a new control, which know nothing of what was painted before."""
+    engine.pipe.scheduler = scheduler.from_config(DDIMScheduler(clip_sample=False).config)
+    engine.control = Control(should_stop=StopAfter(count))
     try:
         engine.generate(asked)
     except Interrupted:
-        return paint_by(mesh, scheduler, asked, 10**6)
+        paint_by(engine, scheduler, asked, 10**6)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda kind: kind.__name__)
-def test_schedulers_remember(tiny_model, tmp_path, scheduler, one_thread):
-    with open_mesh() as mesh:
-        for name, count in (("a.png", 10**6), ("b.png", 3), ("c.png", 6)):
-            asked = settings(tiny_model, tmp_path / name, height=64, width=48,
-                             ladder={**LADDER, "strategy": "sdedit", "base": 32})  # fmt: skip
-            paint_by(mesh, scheduler, asked, count)
+def test_schedulers_remember(loaded, tiny_model, tmp_path, scheduler, one_thread):
+    for name, count in (("a.png", 10**6), ("b.png", 3), ("c.png", 6)):
+        paint_by(loaded, scheduler, small(tiny_model, tmp_path / name), count)
     for name in ("b.png", "c.png"):
         np.testing.assert_array_equal(by_pillow(tmp_path / "a.png"), by_pillow(tmp_path / name))
 
