@@ -1,6 +1,7 @@
 """The command line on real ranks: one picture on any number of them, mistakes in a sentence."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -49,27 +50,49 @@ def paint_all_sizes(mesh, model, folder, guidance):
         assert generate.main([*size, "--steps=3", "--model", str(model), "--output", target]) == 0
 
 
-def worst_difference(model, folder, ranks, guidance):
-    """Paint every size on one rank and on `ranks`; the largest difference of any 8-bit sample."""
-    run_ranks(1, paint_all_sizes, model, folder, "1")
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """alone(model) -> the folder of what one rank paints, in every size."""
+
+    @functools.cache
+    def paint(model):
+        folder = tmp_path_factory.mktemp("alone")
+        run_ranks(1, paint_all_sizes, model, folder, "1")
+        return folder
+
+    return paint
+
+
+def worst_difference(alone, model, folder, ranks, guidance):
+    """Paint every size on `ranks`; the largest difference to one rank's of any 8-bit sample."""
     run_ranks(ranks, paint_all_sizes, model, folder, guidance)
     names = [f"{width}x{height}" for width, height in SIZES]
     return {
-        name: abs(read(folder / f"{name}-{ranks}.png") - read(folder / f"{name}-1.png")).max()
+        name: abs(read(folder / f"{name}-{ranks}.png") - read(alone(model) / f"{name}-1.png")).max()
         for name in names
     }
 
 
-@pytest.mark.parametrize(("ranks", "guidance"), [(2, "1"), (3, "1"), (5, "1"), (4, "2")])
-def test_any_number_of_ranks_paint_the_same_picture(tiny_model, tmp_path, ranks, guidance):
-    differences = worst_difference(tiny_model, tmp_path, ranks, guidance)
+@pytest.mark.parametrize(
+    ("ranks", "guidance"),
+    [
+        pytest.param(2, "1", marks=pytest.mark.long),
+        (3, "1"),
+        pytest.param(5, "1", marks=pytest.mark.long),
+        (4, "2"),
+    ],
+)
+def test_any_number_of_ranks_paint_the_same_picture(alone, tiny_model, tmp_path, ranks, guidance):
+    differences = worst_difference(alone, tiny_model, tmp_path, ranks, guidance)
     assert max(differences.values()) <= 1, differences
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3, 5])
-def test_any_number_of_ranks_paint_the_same_landscape(tmp_path, ranks):
-    differences = worst_difference("demo", tmp_path, ranks, "1")
+@pytest.mark.parametrize(
+    "ranks", [pytest.param(2, marks=pytest.mark.long), 3, pytest.param(5, marks=pytest.mark.long)]
+)
+def test_any_number_of_ranks_paint_the_same_landscape(alone, tmp_path, ranks):
+    differences = worst_difference(alone, "demo", tmp_path, ranks, "1")
     assert max(differences.values()) <= 1, differences
 
 
