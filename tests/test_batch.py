@@ -40,7 +40,9 @@ def rows_of(folder, model, count, **values):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("ranks", "groups"), [(1, 1), (2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize(
+    ("ranks", "groups"), [(1, 1), pytest.param(2, 1, marks=pytest.mark.long), (2, 2), (4, 2)]
+)
 def test_they_are_the_pictures_that_they_are_alone(tiny_model, tmp_path, ranks, groups):
     pictures = [{"seed": "1-3", "prompt": ["a lake", "a hill"]}, {"seed": 9, "size": "96x72"}]
     output = str(tmp_path / "{index}.png")

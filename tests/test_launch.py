@@ -199,7 +199,9 @@ def test_a_finished_job_has_nothing_to_do(tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
+)
 def test_told_to_stop_while_the_ranks_are_starting(tiny_model, tmp_path, number):
     """As a terminal and Slurm tell it: the launcher and the ranks, all at once."""
     job = Job(tiny_model, tmp_path / "a.png")

@@ -97,9 +97,18 @@ def halt():
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-@pytest.mark.parametrize("how", [die, halt])
-@pytest.mark.parametrize("victim", [0, 1, 2])
-def test_a_rank_that_is_gone_is_named_by_the_first_of_the_others(tmp_path, how, victim):
+@pytest.mark.parametrize(
+    ("victim", "how"),
+    [
+        (0, die),
+        pytest.param(1, die, marks=pytest.mark.long),
+        (2, die),
+        pytest.param(0, halt, marks=pytest.mark.long),
+        (1, halt),
+        pytest.param(2, halt, marks=pytest.mark.long),
+    ],
+)
+def test_a_rank_that_is_gone_is_named_by_the_first_of_the_others(tmp_path, victim, how):
     with started_ranks(3, wait_and_tell, tmp_path, victim, how):
         first, other = told(tmp_path, sorted({0, 1, 2} - {victim}))
     assert first.startswith(f"rank {victim} on host ")

@@ -87,13 +87,14 @@ def worker(*flags):
 
 
 @pytest.fixture(scope="module")
-def picture(tiny_model, tmp_path_factory):
-    """A picture of 12 steps that nothing happened to."""
-    output = tmp_path_factory.mktemp("whole") / "a.png"
+def whole(tiny_model, tmp_path_factory):
+    """The folder of a picture of 12 steps that nothing happened to, and of its preview."""
+    folder = tmp_path_factory.mktemp("whole")
+    settings = {**SMALL, "output": str(folder / "a.png"), "steps": 12}
     with worker("--model", tiny_model) as over:
-        over.ask("a", output, steps=12)
+        over.say(id="a", preview=str(folder / "a.jpg"), settings=settings)
         assert over.until("end")[-1]["outcome"] == "done"
-    return by_pillow(output)
+    return folder
 
 
 def test_jobs_are_painted_in_order_and_mistakes_are_theirs(tiny_model, tmp_path):
@@ -141,7 +142,7 @@ def test_a_cancelled_job_ends_after_its_step_and_the_next_begins(tiny_model, tmp
     assert not (tmp_path / "b.png").exists()
 
 
-def test_told_to_stop_it_keeps_a_checkpoint_for_another_worker(tiny_model, tmp_path, picture):
+def test_told_to_stop_it_keeps_a_checkpoint_for_another_worker(tiny_model, tmp_path, whole):
     output = tmp_path / "a.png"
     with worker("--model", tiny_model) as over:
         over.ask("a", output, steps=12)
@@ -155,10 +156,10 @@ def test_told_to_stop_it_keeps_a_checkpoint_for_another_worker(tiny_model, tmp_p
         assert events[-1]["outcome"] == "done"
     first = next(event for event in events if event["event"] == "progress")
     assert first["step"] >= 3
-    assert (by_pillow(output) == picture).all()
+    assert (by_pillow(output) == by_pillow(whole / "a.png")).all()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_lost_rank_ends_it(tiny_model, tmp_path, victim):
     with worker("--model", tiny_model) as over:
         over.ask("a", tmp_path / "a.png", steps=500)
@@ -186,13 +187,7 @@ def test_a_mistake_in_the_base_ends_it_at_once(flags, said):
     assert f"error: {said}" in log
 
 
-def test_the_picture_in_the_making_can_be_looked_at(tiny_model, tmp_path):
-    preview = tmp_path / "a.jpg"
-    with worker("--model", tiny_model) as over:
-        over.say(
-            id="a", preview=str(preview), settings={**SMALL, "output": str(tmp_path / "a.png")}
-        )
-        assert over.until("end")[-1]["outcome"] == "done"
-    with Image.open(preview) as picture:
+def test_the_picture_in_the_making_can_be_looked_at(whole):
+    with Image.open(whole / "a.jpg") as picture:
         assert (picture.format, picture.size) == ("JPEG", (64, 96))
         assert np.asarray(picture).std() > 1
