@@ -400,11 +400,15 @@ class Settings(BaseModel):
     dtype: Literal["auto", "float32", "float16", "bfloat16", "float64"] = Field(
         default="auto", description="Precision of the networks; 'auto' suits the device."
     )
-    kernels: Literal["plain", "fused"] = Field(
-        default="plain",
-        description="How linear attention, group norms with SiLU (over bands, in chunks of rows) "
-        "and the gates of feed-forwards compute on GPUs: 'plain' by torch, 'fused' by Triton in "
-        "fewer passes, which no GPU has run yet.",
+    kernels: Literal["auto", "plain", "fused"] = Field(
+        default="auto",
+        description="How norms, linear attention and what lies between large products compute: "
+        "'plain' by torch, 'fused' by Triton in fewer passes, pictures lying channels last; 'auto' "
+        "is fused on GPUs.",
+    )
+    graphs: Literal["auto", "off"] = Field(
+        default="auto",
+        description="Whether a GPU replays recorded UNet calls where they are small (CUDA graphs).",
     )
     mesh: MeshSettings = Field(
         default=MeshSettings(), description="How the ranks share out the work."
@@ -477,11 +481,10 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _no_idle_kernels(self) -> Self:
-        softmax, double = self.linfusion == "none", self.dtype == "float64"
-        if self.kernels == "fused" and (softmax or double):
+        if self.kernels == "fused" and self.dtype == "float64":
             raise ValueError(
-                "kernels fused need linear attention, in fp32, fp16 or bf16: choose another "
-                f"{'linfusion' if softmax else 'dtype'}, or leave kernels out"
+                "kernels fused are of fp32, fp16 and bf16: choose another dtype, or leave kernels "
+                "out"
             )
         return self
 
@@ -502,7 +505,7 @@ class Settings(BaseModel):
         """Everything that determines the picture, for the picture's metadata. JSON-able."""
         elsewhere = {"output", "device", "timeout_s", "mesh", "memory", "plan", "codec", "ladder"}
         elsewhere |= {"file", "model_sha256", "linfusion_sha256"}
-        elsewhere |= {"checkpoint", "resume", "progress", "stall_s", "kernels"}
+        elsewhere |= {"checkpoint", "resume", "progress", "stall_s", "kernels", "graphs"}
         facts = self.model_dump(mode="json", exclude=elsewhere)
         facts |= {"codec": self.codec.effective(), "ladder": self.ladder.effective()}
         if self.ladder.upscale is not None:  # the next job may begin in another folder

@@ -26,9 +26,11 @@ from engine.output import deflate
 from engine.simulation import Cost, CpuKernels, CudaKernels, Kernels
 
 
-def kernels_of(device: torch.device) -> Kernels:
-    """What the kernels of `device` need beside their results."""
-    return CudaKernels() if device.type == "cuda" else CpuKernels(torch.get_num_threads())
+def kernels_of(device: torch.device, fused: bool = False) -> Kernels:
+    """What the kernels of `device` need beside their results; `fused` as in `engine.fuse`."""
+    if device.type == "cuda":
+        return CudaKernels(channels_last=fused)
+    return CpuKernels(torch.get_num_threads())
 
 
 # --- room -----------------------------------------------------------------------------------------

@@ -23,17 +23,17 @@ from typing import Any, Self
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from engine.bands import mean_over_bands
 from engine.config import UserError
 from engine.kernels import fused, streamed
 from engine.kernels.formula import apply_state, attention_state
-from engine.kernels.pointwise import FusedGEGLU, FusedSiLU
+from engine.kernels.norms import has_kernels, layer_norm
 
 _WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
@@ -101,7 +101,7 @@ class LinearAttention(Attention):  # type: ignore[misc]
             return streamed.state(self, tokens)
         states, count = [], 0
         for chunk in tokens:
-            key = self._split_heads(self.to_k(chunk + self.to_k_(chunk)))
+            key = self._split_heads(self._project(chunk, self.to_k_, self.to_k))
             value = self._split_heads(self.to_v(chunk))
             with _no_autocast(chunk.device):
                 states.append(self._sum_up(key, value))
@@ -115,13 +115,17 @@ class LinearAttention(Attention):  # type: ignore[misc]
         """
         if self._can_stream():
             return streamed.attend(self, tokens, mean_state)
-        query = self._split_heads(self.to_q(tokens + self.to_q_(tokens)))
+        query = self._split_heads(self._project(tokens, self.to_q_, self.to_q))
         with _no_autocast(tokens.device):
             mixed = self._read(query, mean_state())
         return self.to_out[0](mixed.transpose(1, 2).flatten(2))
 
     def _can_stream(self) -> bool:
         return streamed.can_stream(self)
+
+    def _project(self, tokens: Tensor, mlp: nn.Module, linear: nn.Linear) -> Tensor:
+        """[B, n, C] -> [B, n, heads * d]: queries or keys."""
+        return linear(tokens + mlp(tokens))
 
     def _sum_up(self, key: Tensor, value: Tensor) -> Tensor:
         """[B, heads, n, d] twice -> [B, heads, d, d+1]"""
@@ -145,6 +149,20 @@ class FusedLinearAttention(LinearAttention):
 
     def _can_stream(self) -> bool:
         return not self._can_fuse(self.to_q.weight) and super()._can_stream()
+
+    def _project(self, tokens: Tensor, mlp: nn.Module, linear: nn.Linear) -> Tensor:
+        """As `engine.kernels.streamed` has it, all tokens at once: less is written and read."""
+        if not (isinstance(mlp, nn.Sequential) and streamed.are_plain(mlp, linear)):
+            return super()._project(tokens, mlp, linear)
+        if not (has_kernels(tokens) and tokens.is_contiguous()):
+            return super()._project(tokens, mlp, linear)
+        first, norm, leaky, last = streamed.parts_of(mlp)
+        flat = tokens.flatten(0, 1)
+        hidden = F.linear(flat, first.weight, first.bias)
+        hidden = layer_norm(norm, hidden, leaky.negative_slope, out=hidden)
+        summed = torch.addmm(flat, hidden, last.weight.t())
+        bias = streamed.bias_behind(mlp, linear)
+        return F.linear(summed, linear.weight, bias).unflatten(0, tokens.shape[:2])
 
     def _sum_up(self, key: Tensor, value: Tensor) -> Tensor:
         if self._can_fuse(key, value):
@@ -175,57 +193,6 @@ def _nonlinear_projection(dim: int, mid_dim: int | None) -> nn.Module:
     mid_dim = mid_dim or dim
     return nn.Sequential(
         nn.Linear(dim, mid_dim), nn.LayerNorm(mid_dim), nn.LeakyReLU(), nn.Linear(mid_dim, dim)
-    )
-
-
-_FUSED: dict[type[nn.Module], type[nn.Module]] = {
-    LinearAttention: FusedLinearAttention,
-    nn.SiLU: FusedSiLU,
-    GEGLU: FusedGEGLU,
-}
-_KERNELS = {"plain": {fused: plain for plain, fused in _FUSED.items()}, "fused": _FUSED}
-
-
-def choose_kernels(unet: nn.Module, kernels: str) -> None:
-    """Let `unet` compute by "plain" or by "fused" kernels, in place.
-
-    These are of linear attention, of group norms with the SiLU behind them where the norm's sums
-    are taken apart (over bands, in chunks of rows), and of the gates of feed-forwards. Before or
-    after `engine.distribute`, before `engine.memory.apply`. Names, weights and what is saved stay
-    as they are.
-
-    Raises:
-        UserError: there are no such kernels, or settings that save memory have changed the gates.
-    """
-    if kernels not in _KERNELS:
-        raise UserError(f"there are no kernels {kernels!r}: choose {' or '.join(_KERNELS)}")
-    gates = {type(module) for module in unet.modules() if isinstance(module, GEGLU)}
-    if gates - {GEGLU, FusedGEGLU}:
-        raise UserError(
-            "settings that save memory have been applied to this UNet: choose its kernels before "
-            "them, or call engine.memory.remove first"
-        )
-    for module in unet.modules():
-        if swapped := _KERNELS[kernels].get(type(module)):
-            module.__class__ = swapped
-
-
-def require_kernels(kernels: str, device: torch.device) -> None:
-    """Refuse kernels that `device` does not run.
-
-    Raises:
-        UserError: it is no GPU, or Triton is not installed.
-    """
-    if kernels != "fused" or fused.is_available(device):
-        return
-    if device.type == "cpu":
-        raise UserError(
-            "kernels fused are for GPUs, and this job computes on the CPU: leave kernels out, or "
-            "paint on a GPU"
-        )
-    raise UserError(
-        "kernels fused are written in Triton, which is not installed: install the triton that "
-        "your torch names (torch for CUDA brings it), or leave kernels out"
     )
 
 

@@ -25,15 +25,15 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import engine
-from engine import codec, ladder, memory, output, provenance
+from engine import codec, graphs, ladder, memory, output, provenance
 from engine.bands import DisplacedExchange, ExactExchange, Exchange, Mesh, Traffic
 from engine.bands.boundary import downsampling_factor
 from engine.colours import keep_colours, thumbnail, thumbnail_size
 from engine.config import Group, Settings, UserError
 from engine.diffusion import Conditions, Denoiser, encode
+from engine.fuse import choose_kernels, kernels_for
 from engine.keeper import Control, Keeper
 from engine.ladder import Rung
-from engine.linfusion import choose_kernels
 from engine.loading import Description, describe, load, read_picture
 from engine.output.seams import Seams
 from engine.parallel import PipelineBoundary, distribute, lay_out, share_out
@@ -105,6 +105,7 @@ class Engine:
         self.pipe = pipe
         self.mesh = mesh
         self._settings = settings
+        self._kernels = "plain"
         # Nobody else writes what is known about the picture.
         model, is_first = Description.of(pipe), mesh.rank == 0
         files = mesh.agree(lambda: weights_of(settings, model) if settings and is_first else {})
@@ -119,7 +120,9 @@ class Engine:
         self.traffic = layout.traffic
         pipe.set_progress_bar_config(disable=True)
         if settings is not None:
-            choose_kernels(pipe.unet, settings.kernels)
+            self._kernels = kernels_for(settings.kernels, mesh.device, pipe.unet.dtype)
+            for network in (pipe.unet, pipe.vae):
+                choose_kernels(network, self._kernels)
             memory.apply(pipe.unet, memory_options(settings), mesh)
 
     @classmethod
@@ -232,7 +235,7 @@ class Engine:
     def _keeper(self, settings: Settings, codecs: list[str]) -> Keeper:
         rungs = self.mesh.agree(lambda: rungs_of(settings, Description.of(self.pipe)))
         # What saves memory or shares out the work may be another when the job goes on.
-        elsewhere = {"mesh", "memory", "kernels", "file"} - settings.provenance().keys()
+        elsewhere = {"mesh", "memory", "kernels", "graphs", "file"} - settings.provenance().keys()
 
         def facts() -> dict[str, Any]:
             repeatable = self._repeatable(settings, codecs)
@@ -384,7 +387,20 @@ class Engine:
         self._lay_out(settings, rung, guided and not in_turn)
         model = Denoiser(self.pipe, conditions, rung.guidance_scale, in_turn)
         on_step = keeper.step if keeper else lambda state: None
-        ladder.climb(model, state, rung, settings.ladder, on_step)
+        with self._replayed(settings, state, rung):
+            ladder.climb(model, state, rung, settings.ladder, on_step)
+
+    def _replayed(
+        self, settings: Settings, state: ladder.State, rung: Rung
+    ) -> contextlib.AbstractContextManager[None]:
+        """Around the steps of a rung: UNet calls recorded and replayed, where that pays."""
+        left = ladder.calls(self.pipe.scheduler, rung) - state.step
+        pays = left >= graphs.FEWEST and state.latent[0, 0].numel() <= graphs.LARGEST
+        moves = settings.memory.skips_on_host or settings.memory.sharded_weights
+        on_gpu = self.mesh.device.type == "cuda"
+        if settings.graphs == "off" or not (pays and on_gpu) or moves:
+            return contextlib.nullcontext()
+        return graphs.replayed(self.pipe.unet)
 
     def _lay_out(self, settings: Settings, rung: Rung, guided: bool) -> None:
         """Share the rung out over the ranks; a small one has fewer bands than there are ranks."""
@@ -444,7 +460,7 @@ class Engine:
             "mesh": facts.get("mesh", {}) | _chosen(settings.mesh, {"image"}),
             # What saves memory, or time, computes in another order, which rounds otherwise.
             "memory": _chosen(settings.memory, {"limit_gb"}),
-            **({} if settings.kernels == "plain" else {"kernels": settings.kernels}),
+            **({} if self._kernels == "plain" else {"kernels": self._kernels}),
             "file": _chosen(settings.file),
         }
 

@@ -15,8 +15,8 @@ from engine.bands import Mesh, max_bands
 from engine.bands.axes import Axes, choose_axes
 from engine.bands.boundary import downsampling_factor
 from engine.config import Settings, UserError
+from engine.fuse import require_kernels
 from engine.ladder import Rung
-from engine.linfusion import require_kernels
 from engine.loading import Description, describe, name_linfusion, picture_size, weight_files
 from engine.parallel import require_same_versions
 from engine.plan import Plan, make_plan

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the ranks of the tests meet over gloo
+# The ranks of the tests meet over gloo, also where there are GPUs; tests/gpu.py is told of one.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait for a core would spin, for minutes
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

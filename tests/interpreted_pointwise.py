@@ -1,9 +1,10 @@
-"""The pointwise Triton kernels in Triton's interpreter, and where networks call them.
+"""The Triton kernels of norms and sums in Triton's interpreter, and where networks call them.
 
 Run by `tests/test_fused.py` as `tests/interpreted.py` is, or by hand: `TRITON_INTERPRET=1 python -m
 pytest tests/interpreted_pointwise.py`.
 """
 
+import importlib
 from collections import Counter
 from functools import partial
 
@@ -13,13 +14,14 @@ from peft import LoraConfig
 from torch import nn
 from torch.nn import functional as F
 
-from engine import linfusion, memory
+from engine import fuse, memory
 from engine.bands import DisplacedExchange, ExactExchange
-from engine.bands.layers import normalise_and_activate
+from engine.bands.layers import FusedGroupNorm, normalise_and_activate
 from engine.config import UserError
-from engine.kernels import pointwise
+from engine.kernels import norms, pointwise
 from engine.kernels.fused import is_interpreted
-from engine.kernels.pointwise import FusedGEGLU, FusedSiLU
+from engine.kernels.norms import FusedLayerNorm
+from engine.kernels.pointwise import FusedGEGLU
 from engine.memory import MemoryOptions
 from tests.models import latent, tiny_unet
 from tests.ranks import run_ranks
@@ -30,6 +32,7 @@ pytestmark = pytest.mark.skipif(not is_interpreted(), reason="needs Triton and T
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 RESNETS, GATES = 11, 7  # of the tiny UNet
+NORMS = 2 * RESNETS + GATES + 1
 
 
 @pytest.fixture(autouse=True)
@@ -67,20 +70,26 @@ def assert_rounded(result, expected):
         assert ((result.float() - expected).abs() <= bound).all()
 
 
+KERNELS = {
+    norms: ("channel_moments", "group_norm", "layer_norm"),
+    pointwise: ("geglu", "add"),
+}
+
+
 class Calls(Counter):
     """How often each kernel is launched, from when this is made."""
 
     def __init__(self):
         super().__init__()
-        from engine.kernels import pointwise_triton
-
-        for name in ("norm_silu", "geglu"):
-            kernel = getattr(pointwise_triton, name)
-            original = getattr(kernel, "kernel", kernel)
-            setattr(pointwise_triton, name, Counted(original, self, name))
+        for module, names in KERNELS.items():
+            kernels = importlib.import_module(f"{module.__name__}_triton")
+            for name in names:
+                kernel = getattr(kernels, name)
+                original = getattr(kernel, "kernel", kernel)
+                setattr(kernels, name, Counted(original, self, name))
 
     def taken(self):
-        counts = self["norm_silu"], self["geglu"]
+        counts = dict(self)
         self.clear()
         return counts
 
@@ -94,51 +103,103 @@ class Counted:
         return self.kernel[grid]
 
 
+def last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 # --- the kernels ----------------------------------------------------------------------------------
 
-
-@DTYPES
-@pytest.mark.parametrize(
+SHAPES = pytest.mark.parametrize(
     ("batch", "channels", "groups", "height", "width"),
-    [(2, 12, 4, 7, 33), (1, 35, 7, 37, 31), (2, 9, 3, 1, 1), (3, 10, 1, 5, 1), (1, 6, 6, 1, 2050)],
+    [(2, 12, 4, 7, 33), (1, 70, 7, 9, 31), (2, 9, 3, 1, 1), (3, 10, 1, 5, 1), (1, 6, 6, 1, 257)],
 )
-def test_norm_silu_computes_the_formula(batch, channels, groups, height, width, dtype):
-    norm, x = norm_of(channels, groups, dtype), noise(batch, channels, height, width, dtype=dtype)
-    moments = statistics(norm, x)
-    result = pointwise.norm_silu(norm, x, *moments)
-    assert result.dtype == dtype
-    expected = pointwise.plain_norm_silu(norm.float(), x.float(), *moments)
-    assert_rounded(result, expected)
-    weights = norm.weight.double(), norm.bias.double()
-    by_torch = F.silu(F.group_norm(x.double(), groups, *weights, norm.eps))
-    assert relative_error(expected, by_torch) < 1e-6
 
 
 @DTYPES
-def test_norm_silu_without_weights_and_far_from_zero(dtype):
+@SHAPES
+def test_channel_moments(batch, channels, groups, height, width, dtype):
+    x = last(noise(batch, channels, height, width, dtype=dtype) + 5)
+    for ours, exact in zip(norms.channel_moments(x), norms.plain_channel_moments(x), strict=True):
+        assert torch.allclose(ours, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_moments_of_many_tokens_do_not_cancel():
+    x = last(noise(1, 3, 130, 128) + 300)  # 260 parts of them
+    (mean, variance), exact = norms.channel_moments(x), norms.plain_channel_moments(x)
+    assert relative_error(mean, exact[0]) < 1e-7
+    assert relative_error(variance, exact[1]) < 1e-5
+
+
+@DTYPES
+@SHAPES
+@pytest.mark.parametrize("silu", [False, True])
+def test_group_norm_computes_the_formula(batch, channels, groups, height, width, silu, dtype):
+    norm, x = norm_of(channels, groups, dtype), noise(batch, channels, height, width, dtype=dtype)
+    shift = noise(batch, channels, dtype=dtype)
+    for by in (None, shift, shift[:1]):
+        moved = x.float() + (0 if by is None else by.float()[:, :, None, None])
+        moments = statistics(norm, moved)
+        result = norms.group_norm(norm, last(x), *moments, silu, by)
+        assert result.dtype == dtype
+        expected = norms.plain_group_norm(norm.float(), moved, *moments, silu)
+        norm.to(dtype)
+        assert_rounded(result, expected)
+        weights = norm.weight.double(), norm.bias.double()
+        by_torch = F.group_norm(moved.double(), groups, *weights, norm.eps)
+        assert relative_error(expected, F.silu(by_torch) if silu else by_torch) < 1e-6
+
+
+@DTYPES
+def test_group_norm_without_weights_and_far_from_zero(dtype):
     norm, x = nn.GroupNorm(5, 15, affine=False), noise(2, 15, 6, 11, dtype=dtype) + 100
     moments = statistics(norm, x)
-    result = pointwise.norm_silu(norm, x, *moments)
-    assert_rounded(result, pointwise.plain_norm_silu(norm, x.float(), *moments))
+    result = norms.group_norm(norm, last(x), *moments)
+    assert_rounded(result, norms.plain_group_norm(norm, x.float(), *moments))
 
 
 @DTYPES
 def test_only_the_rows_of_the_band_are_written(dtype):
-    norm, tall = norm_of(12, 4, dtype), noise(2, 12, 9, 13, dtype=dtype)
-    x = tall[:, :, 2:7]  # in one piece by channels only
+    norm, tall = fused_norm(12, 4, dtype), last(noise(2, 12, 9, 13, dtype=dtype))
+    x = tall[:, :, 2:7]  # not in one piece
     mean, variance = statistics(norm, x)
-    room = torch.full((2, 12, 7, 13), 7.0, dtype=dtype)
-    assert pointwise.can_norm_silu(norm, x, room[:, :, 1:-1])
-    pointwise.norm_silu(norm, x, mean, variance, room[:, :, 1:-1])
-    assert torch.equal(room[:, :, 1:-1], pointwise.norm_silu(norm, x.clone(), mean, variance))
+    room = last(torch.full((2, 12, 7, 13), 7.0, dtype=dtype))
+    assert norms.can_compute(x, room[:, :, 1:-1])
+    norms.group_norm(norm, x, mean, variance, True, None, room[:, :, 1:-1])
+    assert torch.equal(room[:, :, 1:-1], norms.group_norm(norm, last(x), mean, variance, True))
     assert (room[:, :, 0] == 7).all()
     assert (room[:, :, -1] == 7).all()
-    row = room[:, :, -1:]
-    assert pointwise.can_norm_silu(norm, x[:, :, :1], row)
     before = room[:, :, :-1].clone()
-    normalise_and_activate(norm, FusedSiLU(), x[:, :, :1], mean, variance, out=row)
-    assert torch.equal(row, room[:, :, 1:2])
+    row = x[:, :, :1].contiguous()  # as it comes from another rank
+    normalise_and_activate(norm, nn.SiLU(), row, mean, variance, out=room[:, :, -1:])
+    assert torch.equal(room[:, :, -1:], room[:, :, 1:2])
     assert torch.equal(room[:, :, :-1], before)
+
+
+@DTYPES
+@pytest.mark.parametrize("channels", [5, 32, 48, 320])
+@pytest.mark.parametrize("slope", [None, 0.01])
+def test_layer_norm_computes_the_formula(channels, slope, dtype):
+    norm, x = nn.LayerNorm(channels).to(dtype), noise(2, 7, channels, dtype=dtype) + 4
+    norm.weight.copy_(noise(channels))
+    norm.bias.copy_(noise(channels))
+    assert norms.can_layer_norm(norm, x)
+    weights = norm.weight.float(), norm.bias.float()
+    expected = F.layer_norm(x.float(), (channels,), *weights, norm.eps)
+    expected = expected if slope is None else F.leaky_relu(expected, slope)
+    assert_rounded(norms.layer_norm(norm, x, slope), expected)
+    assert norms.layer_norm(norm, x, slope, out=x) is x
+    assert_rounded(x, expected)
+
+
+@DTYPES
+@pytest.mark.parametrize("biased", [False, True])
+def test_add_computes_the_formula(biased, dtype):
+    x, y = last(noise(2, 12, 9, 13, dtype=dtype)), last(noise(2, 12, 9, 13, dtype=dtype) + 1)
+    bias = noise(12, dtype=dtype) if biased else None
+    expected = pointwise.plain_add(x.float(), y.float(), bias if bias is None else bias.float())
+    assert pointwise.add(x, y, bias) is x
+    assert_rounded(x, expected)
+    assert torch.equal(pointwise.add(x[:, :, 1:], y[:, :, 1:]), x[:, :, 1:] + y[:, :, 1:])
 
 
 @DTYPES
@@ -157,11 +218,12 @@ def test_geglu_computes_the_formula(shape, in_place, dtype):
 
 
 def test_what_is_no_number_is_not_hidden():
-    norm, x = norm_of(4, 2), noise(1, 4, 3, 5)
+    norm, x = norm_of(4, 2), last(noise(1, 4, 3, 5))
     moments = statistics(norm, x)
     x[0, 1, 2, 3] = float("nan")
-    result = pointwise.norm_silu(norm, x, *moments).isnan()
+    result = norms.group_norm(norm, x, *moments, True).isnan()
     assert result.nonzero().tolist() == [[0, 1, 2, 3]]
+    assert norms.channel_moments(x)[0].isnan().nonzero().tolist() == [[0, 1]]
     projected = noise(2, 12)
     projected[0, 1] = projected[1, 8] = float("nan")
     assert pointwise.geglu(projected).isnan().nonzero().tolist() == [[0, 1], [1, 2]]
@@ -170,42 +232,51 @@ def test_what_is_no_number_is_not_hidden():
 # --- the plain way --------------------------------------------------------------------------------
 
 
+def fused_norm(channels, groups, dtype=torch.float32):
+    norm = norm_of(channels, groups, dtype)
+    norm.__class__ = FusedGroupNorm
+    return norm
+
+
 def refusals():
-    x = noise(1, 6, 4, 5)
-    yield "fp64", x.double(), FusedSiLU()
-    yield "channels last", x.to(memory_format=torch.channels_last), FusedSiLU()
-    yield "columns", x[:, :, :, 1:], FusedSiLU()
-    yield "not chosen", x, nn.SiLU()
-    yield "another activation", x, F.gelu
-    hooked = FusedSiLU()
+    x, silu = noise(1, 6, 4, 5), nn.SiLU()
+    yield "fp64", fused_norm(6, 3, torch.float64), x.double(), silu, {}
+    yield "not chosen", norm_of(6, 3), x, silu, {}
+    yield "another activation", fused_norm(6, 3), x, F.gelu, {"group_norm": 2}
+    yield "by planes", fused_norm(6, 3), x, silu, {"group_norm": 2}
+    hooked = nn.SiLU()
     hooked.register_forward_hook(lambda module, args, output: 2 * output)
-    yield "a hook", x, hooked
+    yield "a hook", fused_norm(6, 3), x, hooked, {"group_norm": 2}
 
 
-@pytest.mark.parametrize(("x", "activate"), [pytest.param(*r[1:], id=r[0]) for r in refusals()])
-def test_what_the_kernel_cannot_do_is_done_plainly(x, activate):
-    calls, norm = Calls(), norm_of(6, 3, x.dtype)
-    moments = [m.to(x.dtype) for m in statistics(norm, x)]
+@pytest.mark.parametrize(
+    ("norm", "x", "activate", "launched"), [pytest.param(*r[1:], id=r[0]) for r in refusals()]
+)
+def test_what_the_kernel_cannot_do_is_done_plainly(norm, x, activate, launched):
+    calls, moments = Calls(), [m.to(x.dtype) for m in statistics(norm, x)]
     result = normalise_and_activate(norm, activate, x, *moments)
-    assert relative_error(result, activate(norm(x)).double()) < 1e-6
+    by_torch = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    assert relative_error(result, activate(by_torch).double()) < 1e-6
     room = x.new_zeros(1, 6, 6, x.shape[3])
-    assert torch.equal(
-        normalise_and_activate(norm, activate, x, *moments, out=room[:, :, 1:-1]), result
-    )
-    assert calls.taken() == (0, 0)
+    out = room[:, :, 1:-1]
+    written = normalise_and_activate(norm, activate, x, *moments, out=out)
+    assert relative_error(written, result.double()) < 1e-6
+    assert calls.taken() == launched
 
 
 def test_gradients_take_the_plain_way():
-    calls, gate = Calls(), FusedGEGLU(6, 10)
-    x = noise(1, 6, 4, 5)
-    norm = norm_of(6, 3)
+    calls, gate, x, norm = Calls(), FusedGEGLU(6, 10), noise(1, 6, 4, 5), fused_norm(6, 3)
+    layer = FusedLayerNorm(5)
     with torch.enable_grad():
-        normalise_and_activate(norm.requires_grad_(), FusedSiLU(), x, *statistics(norm, x))
+        norm.requires_grad_()(x).sum().backward()
         gate(noise(2, 6)).sum().backward()
+        layer(x).sum().backward()
     assert gate.proj.weight.grad is not None
-    assert calls.taken() == (0, 0)
+    assert layer.weight.grad is not None
+    assert calls.taken() == {}
     gate.double()(noise(2, 6).double())
-    assert calls.taken() == (0, 0)
+    layer.double()(x.double())
+    assert calls.taken() == {}
 
 
 # --- in networks ----------------------------------------------------------------------------------
@@ -222,31 +293,43 @@ def fused_and_plain(mesh, mode):
     found = {}
     for kernels in ("plain", "fused"):
         unet, exchange = banded_unet(mesh, mode, dtype=torch.float32)
-        linfusion.choose_kernels(unet, kernels)
+        fuse.choose_kernels(unet, kernels)
         calls = Calls()
         with torch.no_grad():
             outputs = forwards(unet, 2)  # the second is displaced, in that mode
         exchange.reset()
         found[kernels] = outputs, calls.taken(), exchange.traffic
     (expected, none, traffic), (result, launched, same) = found["plain"], found["fused"]
-    assert none == (0, 0)
+    assert none == {}
     return relative_error(result, expected.double()), launched, traffic == same
+
+
+MLPS = 2 * GATES
+ONE_RANK = {
+    "channel_moments": NORMS, "group_norm": NORMS, "layer_norm": 3 * GATES + MLPS, "geglu": GATES,
+    "add": RESNETS,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", [ExactExchange, partial(DisplacedExchange, warmup_steps=1)])
 def test_a_banded_unet_calls_the_kernels_and_is_the_plain_one(mode):
-    # Of each residual block two norms, each of a band and of one row of the other's.
+    # Each norm of a residual block is of a band and of one row of the other's.
+    twice = {name: 2 * count for name, count in ONE_RANK.items()}
+    twice["group_norm"] += 2 * 2 * RESNETS
     for error, launched, is_same_traffic in run_ranks(2, fused_and_plain, mode):
         assert error < 1e-5
-        assert launched == (2 * RESNETS * 2 * 2, 2 * GATES)
+        assert launched == twice
         assert is_same_traffic
 
 
 LEAN = {
-    "no settings": (None, (0, GATES)),  # torch's norm takes a picture's sums besides
-    "in place": (MemoryOptions(inplace_activations=True), (0, GATES)),
-    "chunks": (MemoryOptions(row_chunks=2, token_chunks=3), (2 * RESNETS * 2, 3 * GATES)),
-}
+    "no settings": (None, ONE_RANK),
+    "in place": (  # the first layer norm once for the state, once for the queries
+        MemoryOptions(inplace_activations=True),
+        {"group_norm": NORMS, "layer_norm": 4 * GATES + MLPS, "geglu": GATES},
+    ),
+    "chunks": (MemoryOptions(row_chunks=2, token_chunks=3), {"geglu": 3 * GATES}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["", "lora"])
@@ -255,29 +338,32 @@ def test_one_rank_with_settings_that_save_memory(options, expected, lora):
     unet, calls = tiny_unet(dtype=torch.float32), Calls()
     if lora:
         torch.manual_seed(0)
-        layers = ["net.0.proj", "conv1", "conv2"]
+        layers = ["net.0.proj", "conv1", "conv2", "proj_in", "proj_out", "to_q"]
         unet.add_adapter(LoraConfig(r=3, target_modules=layers, init_lora_weights=False))
         unet.requires_grad_(False)
     plain = forwards(unet, 1)
-    linfusion.choose_kernels(unet, "fused")
+    fuse.choose_kernels(unet, "fused")
     if options:
         memory.apply(unet, options)
-    assert calls.taken() == (0, 0)
+    assert calls.taken() == {}
     result = forwards(unet, 1)
     assert relative_error(result, plain.double()) < 1e-5
-    assert calls.taken() == expected
+    launched = calls.taken()
+    if lora:  # a block whose convolutions have one adds its biases itself
+        expected = {name: count for name, count in expected.items() if name != "add"}
+    assert expected.items() <= launched.items()
 
 
 def test_kernels_are_chosen_before_settings_that_save_memory():
     unet = tiny_unet(dtype=torch.float32)
     kinds = [type(m) for m in unet.modules()]
-    linfusion.choose_kernels(unet, "fused")
+    fuse.choose_kernels(unet, "fused")
     fused_kinds = [type(m) for m in unet.modules()]
     assert fused_kinds.count(FusedGEGLU) == GATES
     memory.apply(unet, MemoryOptions(token_chunks=2))
     with pytest.raises(UserError, match=r"choose its kernels before them, or call engine\.memory"):
-        linfusion.choose_kernels(unet, "plain")
+        fuse.choose_kernels(unet, "plain")
     memory.remove(unet)
     assert [type(m) for m in unet.modules()] == fused_kinds
-    linfusion.choose_kernels(unet, "plain")
+    fuse.choose_kernels(unet, "plain")
     assert [type(m) for m in unet.modules()] == kinds

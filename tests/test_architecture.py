@@ -21,6 +21,8 @@ FLOORS = {
     "engine.progress": 2,
     "engine.kernels": 1,
     "engine.linfusion": 3,
+    "engine.fuse": 4,
+    "engine.graphs": 4,
     "engine.parallel": 3,
     "engine.simulation": 3,
     "engine.hardware": 4,

@@ -227,8 +227,8 @@ def test_a_word_without_a_flag() -> None:
             "1: 2",
             "1: unknown key; the keys are prompt, negative_prompt, height, width, seed, steps, "
             "guidance_scale, model, linfusion, model_sha256, linfusion_sha256, output, "
-            "device, dtype, kernels, mesh, ladder, codec, memory, file, checkpoint, resume, "
-            "progress, plan, timeout_s, stall_s",
+            "device, dtype, kernels, graphs, mesh, ladder, codec, memory, file, checkpoint, "
+            "resume, progress, plan, timeout_s, stall_s",
         ),
         ("height: 250", "height: 250 px is not a positive multiple of 8; 248 or 256 would work"),
         ("height: tall", "height: 'tall' is not a whole number; write one such as 8"),

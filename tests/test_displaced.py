@@ -303,9 +303,9 @@ def expected_buffer_bytes(unet, exchange, neighbours, bands, sums_kept):
         held.append(halo_bytes(x, above, below))
         return halo_later(layer, x, above, below, shared)
 
-    def norm(layer, parts, groups):
+    def norm(layer, parts, groups, shift=None):
         held.append(2 * sums_kept * 3 * len(parts[0]) * groups * 8)
-        return statistics(layer, parts, groups)
+        return statistics(layer, parts, groups, shift)
 
     def halo_bytes(x, above, below):
         received = above * ("above" in neighbours) + below * ("below" in neighbours)

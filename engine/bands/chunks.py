@@ -40,7 +40,7 @@ from engine.bands.layers import (
 from engine.bands.resnet import asks_ahead, normalise_and_convolve
 from engine.config import UserError
 from engine.kernels.convolution import convolve_doubled
-from engine.kernels.pointwise import FusedSiLU
+from engine.kernels.layout import join_rows, room_for
 
 Rows = Callable[[int, int], Tensor]  # rows [start, stop) of a tensor that is never held whole
 
@@ -78,7 +78,7 @@ def convolve(
             pieces.insert(0, above)
         if below is not None and rows.stop + reach > height:
             pieces.append(below[:, :, : rows.stop + reach - height])
-        x = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+        x = pieces[0] if len(pieces) == 1 else join_rows(pieces, like=pieces[above is not None])
         top = 0 if above is None else above.shape[2]
         with banded(None):  # beyond `x` there are only the picture's edges, or rows to be cut off
             y = conv(x)
@@ -106,7 +106,7 @@ class InplaceResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
 
     def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
         """[B, C, h, W] -> [B, C', h, W]"""
-        activate = silu_in_place(self)
+        activate = _SILU_IN_PLACE
         hidden = normalise_and_convolve(self.norm1, activate, self.conv1, input_tensor)
         hidden = add_in_place(hidden, self._time_shift(temb))
         hidden = normalise_and_convolve(self.norm2, activate, self.conv2, hidden)
@@ -138,17 +138,17 @@ class ChunkedResnetBlock2D(InplaceResnetBlock2D):
 
     def _first_half(self, parts: list[Tensor], shift: Tensor) -> Tensor:
         """conv1(silu(norm1(x))) + shift"""
-        read, edges = _activated(self.norm1, silu_in_place(self), self.conv1, parts)
+        read, edges = _activated(self.norm1, _SILU_IN_PLACE, self.conv1, parts)
         height, out = parts[0].shape[2], None
         for rows, y in convolve(self.conv1, read, height, self.row_chunks, edges):
-            out = _room(y, height) if out is None else out
+            out = room_for(y, height) if out is None else out
             torch.add(y, shift, out=out[:, :, rows])
         assert out is not None
         return out
 
     def _second_half(self, hidden: Tensor, parts: list[Tensor]) -> Tensor:
         """(conv2(silu(norm2(hidden))) + shortcut(x)) / scale, written over `hidden`."""
-        read, edges = _activated(self.norm2, silu_in_place(self), self.conv2, [hidden])
+        read, edges = _activated(self.norm2, _SILU_IN_PLACE, self.conv2, [hidden])
         dtype = torch.promote_types(hidden.dtype, parts[0].dtype)  # they differ under autocast
         out = hidden if hidden.dtype == dtype else torch.empty_like(hidden, dtype=dtype)
         for rows, y in convolve(self.conv2, read, hidden.shape[2], self.row_chunks, edges):
@@ -168,12 +168,7 @@ def add_in_place(x: Tensor, y: Tensor) -> Tensor:
     return x.add_(y) if torch.promote_types(x.dtype, y.dtype) == x.dtype else x + y
 
 
-_SILU, _FUSED_SILU = nn.SiLU(inplace=True), FusedSiLU(inplace=True)
-
-
-def silu_in_place(block: ResnetBlock2D) -> nn.SiLU:
-    """SiLU over its own input, fused with the norm before it if the block's own is."""
-    return _FUSED_SILU if isinstance(block.nonlinearity, FusedSiLU) else _SILU
+_SILU_IN_PLACE = nn.SiLU(inplace=True)
 
 
 def _activated(
@@ -211,11 +206,6 @@ def _join(parts: list[Tensor], start: int, stop: int) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
-def _room(chunk: Tensor, height: int) -> Tensor:
-    """For all rows of what `chunk` has some of."""
-    return chunk.new_empty(*chunk.shape[:2], height, chunk.shape[3])
-
-
 class ChunkedUpsample2D(BandUpsample2D):
     """Doubling and its convolution, in chunks of rows.
 
@@ -246,7 +236,7 @@ class ChunkedUpsample2D(BandUpsample2D):
 
         out: Tensor | None = None
         for rows, y in convolve(self.conv, read, height, self.row_chunks):
-            out = _room(y, height) if out is None else out
+            out = room_for(y, height) if out is None else out
             out[:, :, rows] = y
         assert out is not None
         return out
@@ -268,8 +258,8 @@ class ChunkedUpsample2D(BandUpsample2D):
                 pieces.append(below)
             stop = min(2 * rows.stop, all_rows)
             shape = (stop - 2 * rows.start, columns)
-            y = convolve_doubled(torch.cat(pieces, dim=2), weight, bias, shape)
-            out = _room(y, all_rows) if out is None else out
+            y = convolve_doubled(join_rows(pieces, like=x), weight, bias, shape)
+            out = room_for(y, all_rows) if out is None else out
             out[:, :, 2 * rows.start : stop] = y
         assert out is not None
         return out

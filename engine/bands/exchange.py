@@ -24,6 +24,8 @@ from torch.nn import functional as F
 
 from engine.bands.mesh import Mesh
 from engine.bands.rows import overlap, stack_rows
+from engine.kernels import norms
+from engine.kernels.layout import join_rows
 
 T = TypeVar("T")
 Halo = tuple[Tensor | None, Tensor | None]
@@ -109,7 +111,8 @@ class Exchange(ABC):
         """
         over, under = self.halo(layer, x, *halo)
         zeros = x.new_zeros(*x.shape[:2], edge, x.shape[3])
-        return torch.cat([zeros if over is None else over, x, zeros if under is None else under], 2)
+        pieces = [zeros if over is None else over, x, zeros if under is None else under]
+        return join_rows(pieces, like=x)
 
     def wide_halo(self, layer: object, x: Tensor, above: int, below: int) -> Halo:
         """`halo` for any number of rows, from as many bands as they reach into; waited for."""
@@ -138,13 +141,15 @@ class Exchange(ABC):
     def gather(self, layer: object, x: Tensor, dim: int) -> Tensor:
         """All bands' `x`, one after the other along `dim`, where they may differ in length."""
 
-    def statistics(self, layer: object, parts: list[Tensor], groups: int) -> tuple[Tensor, Tensor]:
-        """Mean and variance [B, groups] over all bands, for a group norm; `parts` as in `moments`.
+    def statistics(
+        self, layer: object, parts: list[Tensor], groups: int, shift: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and variance [B, groups] over all bands, for a group norm; arguments as `moments`'.
 
         No data vary less than a part of them does; rounding, or a guess of what the other bands
         have by now (`engine.bands.displaced`), could say otherwise, so the own part is the least.
         """
-        own = moments(parts, groups)
+        own = moments(parts, groups, shift)
         total = self.sum(layer, own)
         mean, variance = mean_and_variance(total)
         own_share = mean_and_variance(own)[1] * own[0] / total[0]
@@ -194,7 +199,7 @@ class ExactExchange(Exchange):
 # --- moments --------------------------------------------------------------------------------------
 
 
-def moments(parts: list[Tensor], groups: int) -> Tensor:
+def moments(parts: list[Tensor], groups: int, shift: Tensor | None = None) -> Tensor:
     """[count, sum, sum of squares] of each group of channels: [3, B, groups] in fp64.
 
     Mean and variance are taken in fp32 in two passes, and only their recombination, a few numbers
@@ -204,9 +209,15 @@ def moments(parts: list[Tensor], groups: int) -> Tensor:
     Args:
         parts: [B, C_i, ...] each, whose channels one after the other are grouped: a group may lie
             across two of them.
+        shift: [B or 1, C], what is still to be added to the channels.
     """
     dtype = torch.promote_types(parts[0].dtype, torch.float32)
     by_channel = torch.cat([_channel_moments(part, dtype) for part in parts], dim=-1)
+    if shift is not None:
+        count, total, squares = by_channel
+        by = shift.double()
+        moved = [count, total + count * by, squares + 2 * by * total + count * by**2]
+        by_channel = torch.stack(moved)
     return by_channel.unflatten(-1, (groups, -1)).sum(-1)
 
 
@@ -216,8 +227,12 @@ _STATISTICS_ELEMENTS = 2**25  # of a chunk that is widened to fp32, or copied by
 def _channel_moments(x: Tensor, dtype: torch.dtype) -> Tensor:
     """[count, sum, sum of squares] of every channel of x [B, C, ...]: [3, B, C] in fp64.
 
-    Chunk by chunk, so that half precision is never widened all at once.
+    Chunk by chunk, so that half precision is never widened all at once, if not by a kernel.
     """
+    if norms.can_compute(x):
+        mean, variance = norms.channel_moments(x)
+        count = torch.full_like(mean, x[0, 0].numel())
+        return torch.stack([count, count * mean, count * (variance + mean**2)])
     places = max(1, _STATISTICS_ELEMENTS // max(1, x.numel() // x.shape[2]))
     moments = x.new_zeros(3, *x.shape[:2], dtype=torch.float64)
     for chunk in x.split(places, dim=2):

@@ -26,8 +26,9 @@ from engine.bands.context import current_exchange
 from engine.bands.exchange import Exchange, mean_and_variance, moments
 from engine.bands.rows import halo_rows
 from engine.config import UserError
-from engine.kernels import pointwise
+from engine.kernels import norms
 from engine.kernels.convolution import convolve_by_rows, convolve_doubled
+from engine.kernels.layout import layout_of
 
 
 def plain_convolution(conv: Any) -> nn.Conv2d:
@@ -141,18 +142,44 @@ class BandGroupNorm(nn.GroupNorm):
         return normalise(self, input, mean, variance)
 
 
+class FusedGroupNorm(BandGroupNorm):
+    """The same, on bands or not, by the kernels of `engine.kernels.norms` where they can do it.
+
+    Blocks that call a norm and then SiLU look for this class, and have both done at once.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, ...] -> the same"""
+        exchange = current_exchange()
+        if exchange is None and not _can_fuse(self, input):
+            return super().forward(input)
+        mean, variance = global_statistics(self, exchange, [by_tokens(self, input)])
+        return normalise(self, input, mean, variance)
+
+
+def by_tokens(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """`x` as the norm's kernels take it, if they are to; most often it is so already."""
+    if not (isinstance(norm, FusedGroupNorm) and x.ndim == 4):
+        return x
+    return x if norms.is_by_tokens(x) else x.contiguous(memory_format=torch.channels_last)
+
+
 def global_statistics(
-    norm: nn.GroupNorm, exchange: Exchange | None, parts: list[Tensor]
+    norm: nn.GroupNorm,
+    exchange: Exchange | None,
+    parts: list[Tensor],
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance [B, groups] over all bands, in the dtype to normalise in.
 
     Args:
         parts: [B, C_i, ...] each, whose channels one after the other are what `norm` is for: a
             group may lie across two of them.
+        shift: [B or 1, C], what is still to be added to the channels.
     """
     if exchange is not None:
-        return exchange.statistics(norm, parts, norm.num_groups)
-    mean, variance = mean_and_variance(moments(parts, norm.num_groups))
+        return exchange.statistics(norm, parts, norm.num_groups, shift)
+    mean, variance = mean_and_variance(moments(parts, norm.num_groups, shift))
     dtype = torch.promote_types(parts[0].dtype, torch.float32)
     return mean.to(dtype), variance.clamp(min=0).to(dtype)
 
@@ -160,8 +187,10 @@ def global_statistics(
 def normalise(norm: nn.GroupNorm, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias, as a batch norm of B * C channels.
 
-    That is the one fused kernel which takes statistics from outside.
+    That is torch's one fused kernel which takes statistics from outside.
     """
+    if _can_fuse(norm, x):
+        return norms.group_norm(norm, by_tokens(norm, x), mean, variance)
     batch, channels = x.shape[:2]
     per_channel = channels // norm.num_groups
     normalised = F.batch_norm(
@@ -182,25 +211,32 @@ def normalise_and_activate(
     mean: Tensor,
     variance: Tensor,
     out: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    """activate(normalise(x)), by one kernel where `activate` is a `FusedSiLU` that it can be.
+    """activate(normalise(x + shift)), by one kernel where the norm is fused and SiLU behind it.
 
     What travels between ranks has travelled before, so that each rank may choose by itself.
 
     Args:
         x: [B, C, h, W]
-        mean, variance: [B, groups]
+        mean, variance: [B, groups], of x + shift.
         out: [B, C, h, W], of any strides, to write into.
+        shift: [B or 1, C]
     """
-    if _can_fuse(norm, activate, *([x] if out is None else [x, out])):
-        return pointwise.norm_silu(norm, x, mean, variance, out)
+    is_silu = type(activate) is nn.SiLU and not has_hooks(activate)
+    if is_silu and _can_fuse(norm, x) and (out is None or norms.is_by_tokens(out)):
+        x = by_tokens(norm, x)
+        return norms.group_norm(norm, x, mean, variance, True, shift, out)
+    x = x if shift is None else x + shift[:, :, None, None]
     y = activate(normalise(norm, x, mean, variance))
     return y if out is None else out.copy_(y)
 
 
-def _can_fuse(norm: nn.GroupNorm, activate: object, *tensors: Tensor) -> bool:
-    fuses = isinstance(activate, pointwise.FusedSiLU) and not has_hooks(activate)
-    return fuses and pointwise.can_norm_silu(norm, *tensors)
+def _can_fuse(norm: nn.GroupNorm, x: Tensor) -> bool:
+    """Whether a kernel does what this norm does to [B, C, h, W]."""
+    whole = (norm.weight is None) == (norm.bias is None)
+    chosen = isinstance(norm, FusedGroupNorm) and not has_hooks(norm)
+    return chosen and whole and x.ndim == 4 and norms.has_kernels(x)
 
 
 # These compute the same function, by slices or by another kernel; bands do it their own way.
@@ -249,6 +285,7 @@ class BandSelfAttention(Attention):  # type: ignore[misc]
         mixed = self._attend(exchange, tokens)
         if hidden_states.ndim == 4:
             mixed = mixed.transpose(1, 2).reshape(hidden_states.shape)
+            mixed = mixed.contiguous(memory_format=layout_of(hidden_states))
         if self.residual_connection:
             mixed = mixed + hidden_states
         return mixed / self.rescale_output_factor

@@ -76,8 +76,10 @@ class Rehearsal(Alone):
         self.seen: dict[object, Moments] = {}
         self.used = Frozen()
 
-    def statistics(self, layer: object, parts: list[Tensor], groups: int) -> Moments:
-        self.seen[layer] = super().statistics(layer, parts, groups)
+    def statistics(
+        self, layer: object, parts: list[Tensor], groups: int, shift: Tensor | None = None
+    ) -> Moments:
+        self.seen[layer] = super().statistics(layer, parts, groups, shift)
         correction = self.corrections.get(layer, Correction())
         self.used.norms[layer] = correction.apply(self.seen[layer])
         return self.used.norms[layer]

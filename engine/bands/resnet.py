@@ -15,6 +15,7 @@ here, by the very statistics that their own rank has:
 
 from collections.abc import Callable
 
+import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
@@ -24,10 +25,15 @@ from engine.bands.exchange import Exchange
 from engine.bands.layers import (
     BandConv2d,
     BandGroupNorm,
+    FusedGroupNorm,
+    by_tokens,
+    global_statistics,
     has_hooks,
     normalise_and_activate,
     plain_convolution,
 )
+from engine.kernels import pointwise
+from engine.kernels.layout import room_for
 
 
 class BandResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
@@ -61,6 +67,56 @@ class BandResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
         return self.dropout.training or has_hooks(self.dropout)
 
 
+class FusedResnetBlock2D(BandResnetBlock2D):
+    """The same in fewer passes over memory, on bands or not, where its norms are fused.
+
+    Each norm is one with its SiLU. No bias is added by itself: that of the first convolution, and
+    the time's shift, are what the second norm's kernel adds to its input; those of the second
+    convolution and of the shortcut are added where these two are.
+    """
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
+        """[B, C, h, W] -> [B, C', h', W]"""
+        if not self._is_plain():
+            return super().forward(input_tensor, temb)
+        exchange = current_exchange()
+        around = exchange.delay(self, input_tensor) if exchange else lambda rows: input_tensor
+        silu = self.nonlinearity
+        hidden = normalise_and_convolve(self.norm1, silu, self.conv1, input_tensor, biased=False)
+        shift = None if self.conv1.bias is None else self.conv1.bias[None]
+        if self.time_emb_proj is not None:
+            time = self.time_emb_proj(temb if self.skip_time_act else silu(temb))
+            shift = time if shift is None else time + shift
+        hidden = normalise_and_convolve(
+            self.norm2, silu, self.conv2, hidden, shift=shift, biased=False
+        )
+        shortcut, bias = around(hidden.shape[2]), self.conv2.bias
+        if self.conv_shortcut is not None:
+            shortcut, more = _without_bias(self.conv_shortcut, shortcut), self.conv_shortcut.bias
+            bias = more if bias is None else bias if more is None else bias + more
+        total = pointwise.add(hidden, shortcut, bias)
+        return total if self.output_scale_factor == 1 else total / self.output_scale_factor
+
+    def _is_plain(self) -> bool:
+        convolutions = (self.conv1, self.conv2, self.conv_shortcut)
+        return (
+            isinstance(self.norm1, FusedGroupNorm)
+            and isinstance(self.norm2, FusedGroupNorm)
+            and type(self.nonlinearity) is nn.SiLU
+            and all(conv is None or _is_plain_convolution(conv) for conv in convolutions)
+            and not (torch.is_grad_enabled() or self._drops())
+        )
+
+
+def _is_plain_convolution(conv: nn.Module) -> bool:
+    return type(conv) in (nn.Conv2d, BandConv2d) and not has_hooks(conv)
+
+
+def _without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """`conv` of x, whose bias is added elsewhere."""
+    return conv._conv_forward(x, conv.weight, None)
+
+
 def is_usual(block: ResnetBlock2D) -> bool:
     """Whether a block is as Stable Diffusion has it: no resizing inside, time only added."""
     return (
@@ -83,41 +139,62 @@ def asks_ahead(exchange: Exchange, norm: nn.Module, conv: nn.Module) -> bool:
 
 
 def normalise_and_convolve(
-    norm: nn.GroupNorm, activate: Callable[[Tensor], Tensor], conv: nn.Module, x: Tensor
+    norm: nn.GroupNorm,
+    activate: Callable[[Tensor], Tensor],
+    conv: nn.Module,
+    x: Tensor,
+    *,
+    shift: Tensor | None = None,
+    biased: bool = True,
 ) -> Tensor:
-    """conv(activate(norm(x))), in one round of messages where `asks_ahead`.
+    """conv(activate(norm(x + shift))), in one round of messages where `asks_ahead`.
 
     Args:
         activate: looks at each number by itself, and may change what it is given.
         x: [B, C, h, W]
+        shift: [B or 1, C]
+        biased: whether the convolution adds its bias; if not, it is a plain one.
     """
     exchange = current_exchange()
+
+    def convolve(rows: Tensor) -> Tensor:
+        return conv(rows) if biased else _without_bias(conv, rows)  # type: ignore[arg-type]
+
     if exchange is None or not asks_ahead(exchange, norm, conv):
-        return conv(_normalise_and_activate(norm, activate, exchange, x))
+        return convolve(_normalise_and_activate(norm, activate, exchange, x, shift))
+    x = by_tokens(norm, x)
     halo = exchange.halo_later(plain_convolution(conv), x, 1, 1, shared=True)
-    mean, variance = exchange.statistics(norm, [x], norm.num_groups)
-    batch, channels, height, width = x.shape
-    room = x.new_empty(batch, channels, height + 2, width)
-    normalise_and_activate(norm, activate, x, mean, variance, out=room[:, :, 1:-1])
-    for place, rows in zip((0, height + 1), halo(), strict=True):
-        row = room[:, :, place : place + 1]
+    mean, variance = exchange.statistics(norm, [x], norm.num_groups, shift)
+    room = room_for(x, x.shape[2] + 2)
+
+    def fill(rows: Tensor, out: Tensor) -> None:
+        normalise_and_activate(norm, activate, rows, mean, variance, out, shift)
+
+    fill(x, room[:, :, 1:-1])
+    for row, rows in zip((room[:, :, :1], room[:, :, -1:]), halo(), strict=True):
         if rows is None:
             row.zero_()
         else:
-            normalise_and_activate(norm, activate, rows, mean, variance, out=row)
+            fill(rows, row)
     with banded(Fetched(room)):
-        return conv(room[:, :, 1:-1])
+        return convolve(room[:, :, 1:-1])
 
 
 def _normalise_and_activate(
-    norm: nn.GroupNorm, activate: Callable[[Tensor], Tensor], exchange: Exchange | None, x: Tensor
+    norm: nn.GroupNorm,
+    activate: Callable[[Tensor], Tensor],
+    exchange: Exchange | None,
+    x: Tensor,
+    shift: Tensor | None,
 ) -> Tensor:
-    """activate(norm(x)); over bands the norm takes its sums apart, so one kernel may do the rest.
+    """activate(norm(x + shift)); where the norm takes its sums apart, one kernel may do the rest.
 
     Of a whole picture torch's norm does both, and sums taken apart would cost what that kernel
-    saves.
+    saves, if it is not fused.
     """
-    if exchange is None or not isinstance(norm, BandGroupNorm) or has_hooks(norm):
-        return activate(norm(x))
-    mean, variance = exchange.statistics(norm, [x], norm.num_groups)
-    return normalise_and_activate(norm, activate, x, mean, variance)
+    is_apart = isinstance(norm, BandGroupNorm) and exchange is not None
+    if has_hooks(norm) or not (is_apart or isinstance(norm, FusedGroupNorm)):
+        return activate(norm(x if shift is None else x + shift[:, :, None, None]))
+    x = by_tokens(norm, x)
+    mean, variance = global_statistics(norm, exchange, [x], shift)
+    return normalise_and_activate(norm, activate, x, mean, variance, shift=shift)

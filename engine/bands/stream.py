@@ -34,6 +34,7 @@ from engine.bands.alone import Alone
 from engine.bands.context import banded
 from engine.bands.exchange import Halo, moments
 from engine.bands.rows import overlap, scale_rows
+from engine.kernels.layout import join_rows
 
 Moments = tuple[Tensor, Tensor]
 """mean, variance; each [B, groups]"""
@@ -152,16 +153,18 @@ class Stream(Alone):
         def take(rows: int) -> Tensor:
             total = sum(piece.shape[2] for piece in queue)
             self._held[layer] = [_last_rows(queue, total - rows)]
-            return torch.cat(queue, 2)[:, :, :rows]
+            return join_rows(queue, like=x)[:, :, :rows]
 
         return take
 
-    def statistics(self, layer: object, parts: list[Tensor], groups: int) -> Moments:
+    def statistics(
+        self, layer: object, parts: list[Tensor], groups: int, shift: Tensor | None = None
+    ) -> Moments:
         """The frozen ones; what the own rows add to the true ones is noted by the way."""
         if self.measures:
             rows, own = self._own_rows(layer, torch.cat(parts, 1) if len(parts) > 1 else parts[0])
             if len(rows):
-                part = moments([own], groups)
+                part = moments([own], groups, shift)
                 self.moments[layer] = self.moments[layer] + part if layer in self.moments else part
         return self.frozen.norms[layer]
 
@@ -189,7 +192,7 @@ def _last_rows(pieces: list[Tensor], rows: int) -> Tensor:
         take = min(rows, piece.shape[2])
         kept.insert(0, piece[:, :, piece.shape[2] - take :])
         rows -= take
-    return torch.cat(kept, 2)
+    return join_rows(kept, like=pieces[-1])
 
 
 def run_stream(

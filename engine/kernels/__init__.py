@@ -3,7 +3,8 @@
     formula.py     phi, the state and its application, by head, in any precision: what is meant
     streamed.py    the whole module in fp32 and fp64, block of tokens by block, by C x C products
     fused.py        the state and its application in half precision and fp32, on GPUs, by Triton
-    pointwise.py    group norm with SiLU, and the gate of feed-forwards, likewise, formulas beside
+    norms.py        group norms with SiLU, and layer norms, likewise, formulas beside
+    pointwise.py    the gate of feed-forwards, and sums, likewise
     convolution.py  convolutions by chunks of rows, and of doubled pictures by phases
 
 Whatever is fast here has a plain counterpart, and a test that holds the two together.

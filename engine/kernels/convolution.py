@@ -14,10 +14,13 @@ rounding.
 """
 
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from engine.kernels.layout import layout_of, room_for
 
 MAX_ELEMENTS = 2**31 - 1  # what 32-bit indices reach, in convolution kernels
 
@@ -43,14 +46,18 @@ def convolve_by_rows(
     rows_at_once = max(1, MAX_ELEMENTS // row_elements - reach)
     if rows <= rows_at_once:
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    chunks = []
+    out: Tensor | None = None
     for start in range(0, rows, rows_at_once):
         first = start * step - padding[0]
         last = (min(start + rows_at_once, rows) - 1) * step - padding[0] + reach
         zeros = (0, 0, max(0, -first), max(0, last - height))
-        piece = F.pad(x[:, :, max(0, first) : last], zeros)
-        chunks.append(F.conv2d(piece, weight, bias, stride, (0, padding[1]), dilation, groups))
-    return torch.cat(chunks, dim=2)
+        piece = x[:, :, max(0, first) : last]
+        piece = F.pad(piece, zeros) if any(zeros) else piece
+        y = F.conv2d(piece, weight, bias, stride, (0, padding[1]), dilation, groups)
+        out = room_for(y, rows) if out is None else out
+        out[:, :, start : start + rows_at_once] = y
+    assert out is not None
+    return out
 
 
 _LEAST_PIXELS = 256  # of a picture whose phases cost less than folding the weights does
@@ -74,14 +81,19 @@ def convolve_doubled(
     doubled = (2 * (rows - 2), 2 * width)
     if size not in (None, doubled) or (rows - 2) * width < _LEAST_PIXELS:
         return _convolve_doubled_plainly(x, weight, bias, size or doubled)
-    x = F.pad(x, (1, 1))
-    out = x.new_empty(batch, len(weight), rows - 2, 2, width, 2)
-    for row in (0, 1):
-        for column in (0, 1):
-            window = x[:, :, row : row + rows - 1, column : column + width + 1]
-            phase = phase_weights(weight, row, column)
-            out[:, :, :, row, :, column] = convolve_by_rows(window, phase, bias)
-    return out.flatten(4).flatten(2, 3)
+    x, layout = F.pad(x, (1, 1)), layout_of(x)
+
+    def phase(row: int, column: int) -> Tensor:
+        window = x[:, :, row : row + rows - 1, column : column + width + 1]
+        weights = phase_weights(weight, row, column).contiguous(memory_format=layout)
+        return convolve_by_rows(window, weights, bias)
+
+    out = torch.empty(
+        (batch, len(weight), *doubled), dtype=x.dtype, device=x.device, memory_format=layout
+    )
+    for row, column in product((0, 1), repeat=2):
+        out[:, :, row::2, column::2] = phase(row, column)
+    return out
 
 
 def phase_weights(weight: Tensor, row: int, column: int) -> Tensor:

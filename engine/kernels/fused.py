@@ -71,40 +71,40 @@ class Tiles:
     """How a kernel cuts up its work.
 
     Attributes:
-        wide, narrow: the tiles that a head consists of; `narrow` is 0 where one does.
+        wide, columns: of a head, padded; that a program makes.
         block: tokens that are multiplied at once.
         warps, stages: of a program; blocks that are on their way from memory meanwhile.
     """
 
     wide: int
-    narrow: int
+    columns: int
     block: int
     warps: int
     stages: int
 
 
-def tiles_of(width: int, dtype: torch.dtype) -> Tiles:
-    """Tiles for heads so wide: by arithmetic and by what the compiler said, no GPU has timed them.
+def tiles_of_state(width: int, dtype: torch.dtype) -> Tiles:
+    """What is fastest on an H200, of what was tried, in half precision; in fp32 nothing was."""
+    wide = _padded(width)
+    if dtype == torch.float32:
+        return Tiles(wide, min(wide, 64), block=32, warps=4 if wide <= 64 else 8, stages=1)
+    if wide == 256:
+        return Tiles(wide, 128, block=64, warps=8, stages=3)
+    return Tiles(wide, wide, block=64, warps=4, stages=3 if wide <= 64 else 2)
 
-    What bounds the kernels should be memory. In half precision each does 2 d^2 FLOP a token for 4 d
-    bytes: 20 FLOP a byte for d = 40 (51 as it is padded to 64), 32 for 64, 80 for 160. An A100
-    does 156 (78 in TF32, which `apply` takes) while it reads a byte, an H100 295 (148). In fp32 it
-    is d / 4 of plain FMAs, of which an A100 does 10 and an H100 20: arithmetic bounds them.
 
-    So enough bytes must be on their way, some 20 KB an SM. Of k and v, 64 tokens of 64 numbers are
-    16 KB, and three stages fit into shared memory two times and more (227 KB an SM, A100: 163 KB).
-    The state is fp32 accumulators in registers: 32 a thread for d = 64 on four warps; for d = 160
-    100 of the 255 that there are, on eight, and `apply` keeps 100 KB of it in shared memory.
-    """
-    wide, narrow = 1 << max(4, (width - 1).bit_length()), 0
-    if wide > 64 and width <= 3 * wide // 4:
-        wide //= 2
-        narrow = max(16, 1 << (width - wide - 1).bit_length())
-    half = dtype != torch.float32
-    warps = 4 if wide + narrow <= (64 if half else 32) else 8
-    if not half or width > 128:
-        return Tiles(wide, narrow, block=32, warps=warps, stages=2)
-    return Tiles(wide, narrow, block=64, warps=warps, stages=3 if width < 128 else 2)
+def tiles_of_apply(width: int, dtype: torch.dtype) -> Tiles:
+    """The same for the other kernel."""
+    wide = _padded(width)
+    if dtype == torch.float32:
+        return Tiles(wide, min(wide, 64), block=32, warps=4 if wide <= 64 else 8, stages=1)
+    if wide == 256:
+        return Tiles(wide, 128, block=128, warps=8, stages=1)
+    return Tiles(wide, wide, block=64, warps=4, stages=3)
+
+
+def _padded(width: int) -> int:
+    return 1 << max(4, (width - 1).bit_length())
 
 
 def tokens_of_state(tokens: int) -> int:
@@ -130,16 +130,21 @@ def fused_state(key: Tensor, value: Tensor) -> Tensor:
     batch, heads, tokens, width = key.shape
     assert key.shape == value.shape
     assert key.dtype == value.dtype
-    tiles, of_program, pairs = tiles_of(width, key.dtype), tokens_of_state(tokens), batch * heads
-    splits = -(-tokens // of_program)
+    tiles, of_program, pairs = (
+        tiles_of_state(width, key.dtype),
+        tokens_of_state(tokens),
+        batch * heads,
+    )
+    splits, blocks = -(-tokens // of_program), -(-width // tiles.columns)
     partials = key.new_empty(splits, batch, heads, width, width + 1, dtype=torch.float32)
     unit = _unit(key, value)
     with torch.cuda.device_of(key):
-        fused_triton.state[(splits * pairs,)](
-            key, value, partials, tokens, heads, pairs,
+        fused_triton.state[(splits * pairs * blocks,)](
+            key, value, partials, tokens, heads, pairs, blocks,
             *_in_units(key, unit), *_in_units(value, unit),
-            UNIT=unit, HEAD=width, WIDE=tiles.wide, NARROW=tiles.narrow,
-            TOKENS=of_program, BLOCK=tiles.block, OPERAND=_operand(key.dtype), PRECISION="ieee",
+            UNIT=unit, HEAD=width, WIDE=tiles.wide, COLUMNS=tiles.columns,
+            TOKENS=of_program, BLOCK=tiles.block, OPERAND=_operand(key.dtype),
+            PRECISION="tf32x3",
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return partials.sum(0)
@@ -155,15 +160,17 @@ def fused_apply(query: Tensor, mean_state: Tensor) -> Tensor:
     batch, heads, tokens, width = query.shape
     assert mean_state.shape == (batch, heads, width, width + 1)
     assert mean_state.dtype == torch.float32
-    tiles, pairs = tiles_of(width, query.dtype), batch * heads
+    tiles, pairs = tiles_of_apply(width, query.dtype), batch * heads
+    blocks = -(-width // tiles.columns)
     out = torch.empty_like(query)
     unit = _unit(query, out)
     with torch.cuda.device_of(query):
-        fused_triton.apply[(-(-tokens // _TOKENS_OF_APPLY) * pairs,)](
-            query, mean_state.contiguous(), out, tokens, heads, pairs, NORMALISER_EPS,
+        fused_triton.apply[(-(-tokens // _TOKENS_OF_APPLY) * pairs * blocks,)](
+            query, mean_state.contiguous(), out, tokens, heads, pairs, blocks, NORMALISER_EPS,
             *_in_units(query, unit), *_in_units(out, unit),
-            UNIT=unit, HEAD=width, WIDE=tiles.wide, NARROW=tiles.narrow, TOKENS=_TOKENS_OF_APPLY,
-            BLOCK=tiles.block, TF32=query.dtype != torch.float32,
+            UNIT=unit, HEAD=width, WIDE=tiles.wide, COLUMNS=tiles.columns,
+            TOKENS=_TOKENS_OF_APPLY, BLOCK=tiles.block, OPERAND=_operand(query.dtype),
+            PRECISION="tf32x3",
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return out

@@ -1,8 +1,7 @@
 """Linear attention for GPUs, in Triton: the two kernels that `engine.kernels.fused` launches.
 
-Imported only where Triton is. Triton's tiles are powers of two, and heads often are not. 40 is
-padded to 64; a wider one may be two tiles, 80 = 64 + 16, 160 = 128 + 32: were 160 padded to 256,
-its products would take 2.6 times the FLOPs, and its state all registers that an SM has.
+Imported only where Triton is. Triton's tiles are powers of two, and heads often are not: 40 is
+padded to 64, 80 to 128 and 160 to 256, of which a program makes 64 columns.
 
     state    one head's phi(k)^T [v, 1] over TOKENS tokens: [d, d+1] fp32, one of many partial sums
     apply    TOKENS queries of one head: phi(q) S / (phi(q) z + eps)
@@ -22,14 +21,6 @@ def _phi(x):
     """elu(x) + 1 in fp32, without its cancellation; NaN stays NaN, which min and max would lose."""
     x = x.to(tl.float32)
     return tl.where(x > 0, x + 1, tl.exp(tl.where(x > 0, 0.0, x)))
-
-
-@triton.jit
-def _to_tf32(x):
-    """To the nearest number of 10 bits of mantissa: hardware cuts the rest off, which is a bias."""
-    bits = x.to(tl.int32, bitcast=True)
-    rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return tl.where(x == x, rounded, x)  # the sum of a NaN's bits may be zero's
 
 
 @triton.jit
@@ -63,99 +54,81 @@ def _load_phi(base, rows, columns, row_stride, column_stride, count, HEAD: tl.co
 
 @triton.jit
 def state(
-    key, value, partials, tokens, heads, pairs,
+    key, value, partials, tokens, heads, pairs, blocks,
     key_batch, key_head, key_row, key_column, value_batch, value_head, value_row, value_column,
-    UNIT: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr,
+    UNIT: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """partials[split, pair] = phi(k)^T [v, 1] of TOKENS tokens; a pair is a picture and a head.
 
-    Neighbouring programs take neighbouring heads of the same tokens, which lie side by side.
+    COLUMNS of them. Neighbouring programs take neighbouring heads of the same tokens, which lie
+    side by side.
     """
-    split, pair = tl.program_id(0) // pairs, (tl.program_id(0) % pairs).to(tl.int64)
+    block, place = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    pair, split = (place % pairs).to(tl.int64), place // pairs
     first = split.to(tl.int64) * TOKENS
     key += _begin(pair, heads, first, key_batch, key_head, key_row) * UNIT
-    value += (
-        (pair // heads) * value_batch + (pair % heads) * value_head + first * value_row
-    ) * UNIT
+    value += _begin(pair, heads, first, value_batch, value_head, value_row) * UNIT
     count = tl.minimum(tokens - first, TOKENS).to(tl.int32)
-    i, j = tl.arange(0, WIDE), WIDE + tl.arange(0, NARROW or 1)
-    ii, z_i = tl.zeros([WIDE, WIDE], tl.float32), tl.zeros([WIDE], tl.float32)
-    if NARROW:
-        ij, ji = tl.zeros([WIDE, NARROW], tl.float32), tl.zeros([NARROW, WIDE], tl.float32)
-        jj, z_j = tl.zeros([NARROW, NARROW], tl.float32), tl.zeros([NARROW], tl.float32)
+    i, j = tl.arange(0, WIDE), block * COLUMNS + tl.arange(0, COLUMNS)
+    total, z = tl.zeros([WIDE, COLUMNS], tl.float32), tl.zeros([WIDE], tl.float32)
     for start in range(0, count, BLOCK):
         rows = start + tl.arange(0, BLOCK)
         # What is summed up to z is what is multiplied: weights that were rounded alike still
         # average values.
-        k_i = _load_phi(key, rows, i, key_row * UNIT, key_column, count, HEAD)
-        k_i = k_i.to(key.dtype.element_ty).to(OPERAND)
-        v_i = _load(value, rows, i, value_row * UNIT, value_column, count, HEAD).to(OPERAND)
-        ii = tl.dot(tl.trans(k_i), v_i, ii, input_precision=PRECISION)
-        z_i += tl.sum(k_i.to(tl.float32), 0)
-        if NARROW:
-            k_j = _load_phi(key, rows, j, key_row * UNIT, key_column, count, HEAD)
-            k_j = k_j.to(key.dtype.element_ty).to(OPERAND)
-            v_j = _load(value, rows, j, value_row * UNIT, value_column, count, HEAD).to(OPERAND)
-            ij = tl.dot(tl.trans(k_i), v_j, ij, input_precision=PRECISION)
-            ji = tl.dot(tl.trans(k_j), v_i, ji, input_precision=PRECISION)
-            jj = tl.dot(tl.trans(k_j), v_j, jj, input_precision=PRECISION)
-            z_j += tl.sum(k_j.to(tl.float32), 0)
-    partials += tl.program_id(0).to(tl.int64) * (HEAD * (HEAD + 1))
-    _store(partials, i, i, HEAD + 1, 1, HEAD, HEAD, ii)
-    tl.store(partials + i * (HEAD + 1) + HEAD, z_i, i < HEAD)
-    if NARROW:
-        _store(partials, i, j, HEAD + 1, 1, HEAD, HEAD, ij)
-        _store(partials, j, i, HEAD + 1, 1, HEAD, HEAD, ji)
-        _store(partials, j, j, HEAD + 1, 1, HEAD, HEAD, jj)
-        tl.store(partials + j * (HEAD + 1) + HEAD, z_j, j < HEAD)
+        k = _load_phi(key, rows, i, key_row * UNIT, key_column, count, HEAD)
+        k = k.to(key.dtype.element_ty).to(OPERAND)
+        v = _load(value, rows, j, value_row * UNIT, value_column, count, HEAD).to(OPERAND)
+        total = tl.dot(tl.trans(k), v, total, input_precision=PRECISION)
+        z += tl.sum(k.to(tl.float32), 0)
+    partials += place.to(tl.int64) * (HEAD * (HEAD + 1))
+    _store(partials, i, j, HEAD + 1, 1, HEAD, HEAD, total)
+    tl.store(partials + i * (HEAD + 1) + HEAD, z, (i < HEAD) & (block == 0))
 
 
 @triton.jit
 def apply(
-    query, mean_state, out, tokens, heads, pairs, eps,
+    query, mean_state, out, tokens, heads, pairs, blocks, eps,
     query_batch, query_head, query_row, query_column, out_batch, out_head, out_row, out_column,
-    UNIT: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCK: tl.constexpr, TF32: tl.constexpr,
+    UNIT: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out = phi(q) S / (phi(q) z + eps) for TOKENS tokens, which read S and z once.
+    """out = phi(q) S / (phi(q) z + eps), COLUMNS of it for TOKENS tokens, which read S and z once.
 
-    Everything is fp32 until it is divided; the products are of fp32 numbers, or of TF32.
+    In half precision S is the sum of two numbers, scaled to be 1 at the most, and so is each row of
+    phi(q), which the division takes back: nothing overflows, and nothing is too small to be seen.
     """
-    pair = (tl.program_id(0) % pairs).to(tl.int64)
-    first = (tl.program_id(0) // pairs).to(tl.int64) * TOKENS
-    query += (
-        (pair // heads) * query_batch + (pair % heads) * query_head + first * query_row
-    ) * UNIT
+    block, place = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    pair = (place % pairs).to(tl.int64)
+    first = (place // pairs).to(tl.int64) * TOKENS
+    query += _begin(pair, heads, first, query_batch, query_head, query_row) * UNIT
     out += _begin(pair, heads, first, out_batch, out_head, out_row) * UNIT
     mean_state += pair * (HEAD * (HEAD + 1))
     count = tl.minimum(tokens - first, TOKENS).to(tl.int32)
-    PRECISION: tl.constexpr = "tf32" if TF32 else "ieee"
-    i, j = tl.arange(0, WIDE), WIDE + tl.arange(0, NARROW or 1)
-    ii = _load(mean_state, i, i, HEAD + 1, 1, HEAD, HEAD)
-    z_i = tl.load(mean_state + i * (HEAD + 1) + HEAD, i < HEAD, 0.0)
-    ii = _to_tf32(ii) if TF32 else ii
-    if NARROW:
-        ij = _load(mean_state, i, j, HEAD + 1, 1, HEAD, HEAD)
-        ji = _load(mean_state, j, i, HEAD + 1, 1, HEAD, HEAD)
-        jj = _load(mean_state, j, j, HEAD + 1, 1, HEAD, HEAD)
-        z_j = tl.load(mean_state + j * (HEAD + 1) + HEAD, j < HEAD, 0.0)
-        if TF32:
-            ij, ji, jj = _to_tf32(ij), _to_tf32(ji), _to_tf32(jj)
+    HALF: tl.constexpr = query.dtype.element_ty != tl.float32
+    i, j = tl.arange(0, WIDE), block * COLUMNS + tl.arange(0, COLUMNS)
+    s = _load(mean_state, i, j, HEAD + 1, 1, HEAD, HEAD)
+    z = tl.load(mean_state + i * (HEAD + 1) + HEAD, i < HEAD, 0.0)
+    if HALF:
+        largest = tl.max(tl.max(tl.abs(s), 1), 0)
+        largest = tl.where(largest == 0, 1.0, largest)
+        s = s / largest
+        high = s.to(OPERAND)
+        low = (s - high.to(tl.float32)).to(OPERAND)
     for start in range(0, count, BLOCK):
         rows = start + tl.arange(0, BLOCK)
-        q_i = _load_phi(query, rows, i, query_row * UNIT, query_column, count, HEAD)
-        q_i = _to_tf32(q_i) if TF32 else q_i
-        out_i = tl.dot(q_i, ii, input_precision=PRECISION)
-        normaliser = tl.sum(q_i * z_i[None, :], 1) + eps
-        if NARROW:
-            q_j = _load_phi(query, rows, j, query_row * UNIT, query_column, count, HEAD)
-            q_j = _to_tf32(q_j) if TF32 else q_j
-            out_i = tl.dot(q_j, ji, out_i, input_precision=PRECISION)
-            out_j = tl.dot(q_i, ij, input_precision=PRECISION)
-            out_j = tl.dot(q_j, jj, out_j, input_precision=PRECISION)
-            normaliser += tl.sum(q_j * z_j[None, :], 1)
-            out_j = (out_j / normaliser[:, None]).to(out.dtype.element_ty)
-            _store(out, rows, j, out_row * UNIT, out_column, count, HEAD, out_j)
-        out_i = (out_i / normaliser[:, None]).to(out.dtype.element_ty)
-        _store(out, rows, i, out_row * UNIT, out_column, count, HEAD, out_i)
+        q = _load(query, rows, i, query_row * UNIT, query_column, count, HEAD).to(tl.float32)
+        phi = _phi(q)
+        if HALF:
+            most = tl.max(tl.where((i < HEAD)[None, :], phi, 0.0), 1)
+            scale = 1 / tl.maximum(most, 1e-30)
+            scaled = (phi * scale[:, None]).to(OPERAND)
+            mixed = tl.dot(scaled, high)
+            mixed = tl.dot(scaled, low, mixed)
+            norm = tl.sum(scaled.to(tl.float32) * z[None, :], 1) + eps * scale
+            mixed = mixed * (largest / norm)[:, None]
+        else:
+            norm = tl.sum(phi * z[None, :], 1) + eps
+            mixed = tl.dot(phi, s, input_precision=PRECISION) / norm[:, None]
+        mixed = mixed.to(out.dtype.element_ty)
+        _store(out, rows, j, out_row * UNIT, out_column, count, HEAD, mixed)

@@ -1,39 +1,25 @@
 """What lies between a UNet's large products, in one pass over memory each, by Triton, on GPUs.
 
-    norm_silu    SiLU(group norm(x)), whose mean and variance are known, on its way to a convolution
-    geglu        hidden * gelu(gate), on its way out of a feed-forward
+    geglu    hidden * gelu(gate), on its way out of a feed-forward
+    add      x + y + bias, where a residual block ends
 
-By torch each of them is two passes, all of which write and read the whole tensor: the norm, then
-SiLU, and a copy more where the result belongs between halo rows; gelu, then the product. Here
-nothing is rounded on the way, so in half precision the result is closer to that of fp32 than
-torch's is.
+By torch each of them is two passes, all of which write and read the whole tensor. Here nothing is
+rounded on the way, so in half precision the result is closer to that of fp32 than torch's is.
 
 The plain formulas stand beside the kernels. Where these cannot compute (with gradients, in fp64, on
 a CPU, in another layout of memory), torch does, as it does without them.
-
-What was run: the kernels in Triton's interpreter only, on CPU tensors, against the formulas. Triton
-3.7 compiled them for sm_80 and sm_90, with reads of 16 bytes. What was not run: a GPU with them.
-Neither speed nor the compiled code's results are known and no gain has been measured, so nothing
-uses them unless it is asked to (`kernels: fused`).
 """
 
 import torch
 from diffusers.models.activations import GEGLU
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from engine.kernels.fused import DTYPES, is_available
 
 # Numbers of one program, by arithmetic: 8 a thread are 16 bytes in half precision.
-_MOST_OF_A_CHANNEL = 1024
+_BLOCK = 1024
 _TOKENS, _COLUMNS = 4, 256  # 256 divides the widths of Stable Diffusion, 1280, 2560 and 5120
-
-
-class FusedSiLU(nn.SiLU):
-    """SiLU, by `norm_silu` where a group norm with known statistics is before it.
-
-    Called by itself it is the plain layer; who calls norm and SiLU together looks for this class.
-    """
 
 
 class FusedGEGLU(GEGLU):  # type: ignore[misc]
@@ -47,70 +33,6 @@ class FusedGEGLU(GEGLU):  # type: ignore[misc]
 def _computes(x: Tensor) -> bool:
     """Whether there is a kernel for tensors like `x`, in inference."""
     return not torch.is_grad_enabled() and x.dtype in DTYPES and is_available(x.device)
-
-
-# --- group norm and SiLU --------------------------------------------------------------------------
-
-
-def can_norm_silu(norm: nn.GroupNorm, *tensors: Tensor) -> bool:
-    """Whether `norm_silu` takes these [B, C, h, W]: channels first, each of them in one piece."""
-    whole = (norm.weight is None) == (norm.bias is None)
-    return whole and all(_computes(x) and _has_planes(x) for x in tensors)
-
-
-def _has_planes(x: Tensor) -> bool:
-    height, width = x.shape[2:]
-    rows = height == 1 or x.stride(2) == width
-    return rows and (width == 1 or x.stride(3) == 1)
-
-
-def plain_norm_silu(norm: nn.GroupNorm, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """SiLU((x - mean) / sqrt(variance + eps) * weight + bias), as it is meant.
-
-    Args:
-        x: [B, C, h, W]
-        mean, variance: [B, groups], in which precision it is computed.
-
-    Returns:
-        [B, C, h, W] in the dtype of x.
-    """
-    grouped = x.to(mean.dtype).unflatten(1, (norm.num_groups, -1))
-    mean, variance = mean[:, :, None, None, None], variance[:, :, None, None, None]
-    y = ((grouped - mean) * torch.rsqrt(variance + norm.eps)).flatten(1, 2)
-    if norm.weight is not None:
-        y = y * norm.weight.to(y.dtype)[:, None, None]
-    if norm.bias is not None:
-        y = y + norm.bias.to(y.dtype)[:, None, None]
-    return F.silu(y).to(x.dtype)
-
-
-def norm_silu(
-    norm: nn.GroupNorm, x: Tensor, mean: Tensor, variance: Tensor, out: Tensor | None = None
-) -> Tensor:
-    """`plain_norm_silu` in one pass, for tensors that `can_norm_silu`.
-
-    Args:
-        x: [B, C, h, W]
-        mean, variance: [B, groups], fp32.
-        out: [B, C, h, W] to write into, some rows of a larger tensor, say, the others of which
-            stay as they are.
-    """
-    from engine.kernels import pointwise_triton
-
-    out = x.new_empty(x.shape) if out is None else out
-    assert out.shape == x.shape
-    assert mean.dtype == variance.dtype == torch.float32
-    batch, channels, height, width = x.shape
-    size = height * width
-    block = min(_MOST_OF_A_CHANNEL, max(128, 1 << (size - 1).bit_length()))
-    blocks = -(-size // block)
-    with torch.cuda.device_of(x):
-        pointwise_triton.norm_silu[(batch * channels * blocks,)](
-            x, mean.contiguous(), variance.contiguous(), norm.weight, norm.bias, out,
-            size, channels, channels // norm.num_groups, blocks, norm.eps,
-            *x.stride()[:2], *out.stride()[:2], AFFINE=norm.weight is not None, BLOCK=block,
-        )  # fmt: skip
-    return out
 
 
 # --- gated linear units ---------------------------------------------------------------------------
@@ -147,3 +69,31 @@ def geglu(projected: Tensor, in_place: bool = False) -> Tensor:
             ROWS=_TOKENS, COLUMNS=_COLUMNS,
         )  # fmt: skip
     return out
+
+
+# --- sums -----------------------------------------------------------------------------------------
+
+
+def plain_add(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x + y + bias, as it is meant: [B, C, h, W] twice and [C] -> [B, C, h, W]"""
+    return x + y if bias is None else x + y + bias[:, None, None]
+
+
+def can_add(x: Tensor, y: Tensor) -> bool:
+    """Whether there is a kernel for these [B, C, h, W], both channels last in one piece."""
+    alike = x.shape == y.shape and x.dtype == y.dtype
+    lasting = all(z.is_contiguous(memory_format=torch.channels_last) for z in (x, y))
+    return alike and lasting and _computes(x) and x.numel() > 0
+
+
+def add(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`plain_add` in one pass, in the memory of x, where it `can_add`."""
+    if not can_add(x, y):
+        return plain_add(x, y, bias)
+    from engine.kernels import pointwise_triton
+
+    with torch.cuda.device_of(x):
+        pointwise_triton.add[(-(-x.numel() // _BLOCK),)](
+            x, y, bias, x.numel(), x.shape[1], BIASED=bias is not None, BLOCK=_BLOCK
+        )
+    return x

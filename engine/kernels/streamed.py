@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.kernels.formula import NORMALISER_EPS
+from engine.kernels.norms import FusedLayerNorm
 
 BLOCK_TOKENS = 512
 """of 640 channels in fp32 these are 1.3 MB"""
@@ -50,14 +51,18 @@ def can_stream(module: Module) -> bool:
         return False
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return False
-    layers: list[nn.Module] = [module.to_q, module.to_k, module.to_v, module.to_out[0]]
-    for mlp in (module.to_q_, module.to_k_):
-        layers += mlp if isinstance(mlp, nn.Sequential) else []
-    return all(map(_is_plain, layers))
+    linear = (module.to_q, module.to_k, module.to_v, module.to_out[0])
+    return are_plain(*linear, module.to_q_, module.to_k_)
+
+
+def are_plain(*layers: nn.Module) -> bool:
+    """Whether nothing is attached to these linear layers, and MLPs of them."""
+    each = (part for m in layers for part in (m if isinstance(m, nn.Sequential) else [m]))
+    return all(_is_plain(layer) for layer in each if not isinstance(layer, nn.Identity))
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    kinds = (nn.Linear, nn.LayerNorm, nn.LeakyReLU)
+    kinds = (nn.Linear, nn.LayerNorm, FusedLayerNorm, nn.LeakyReLU)
     hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
     return type(layer) in kinds and not hooked
 
@@ -78,7 +83,7 @@ def state(module: Module, tokens: Iterable[Tensor]) -> tuple[Tensor, int]:
             inner, width = module.to_k.weight.shape
             products = chunk.new_zeros(len(chunk), inner, width)
             sums = chunk.new_zeros(len(chunk), inner)
-        bias = _bias_behind(module.to_k_, module.to_k)
+        bias = bias_behind(module.to_k_, module.to_k)
         for picture, product, total in zip(chunk, products, sums, strict=True):
             for block in _blocks(picture):
                 phi = _phi(block, module.to_k_, module.to_k, bias)
@@ -108,7 +113,7 @@ def attend(module: Module, tokens: Tensor, mean_state: Callable[[], Tensor]) -> 
     to_out = module.to_out[0]
     assert isinstance(to_out, nn.Linear)
     out = tokens.new_empty(*tokens.shape[:2], to_out.out_features)
-    bias = _bias_behind(module.to_q_, module.to_q)
+    bias = bias_behind(module.to_q_, module.to_q)
     mixers = None
     for index, (picture, result) in enumerate(zip(tokens, out, strict=True)):
         for block, rows in zip(_blocks(picture), _blocks(result), strict=True):
@@ -141,11 +146,7 @@ def _block_diagonal(sums: Tensor) -> Tensor:
 def _phi(x: Tensor, mlp: nn.Module, linear: nn.Linear, bias: Tensor | None) -> Tensor:
     """phi(W (x + MLP(x))), [b, C] -> [b, C]; `bias` has what the MLP's last one comes to."""
     if isinstance(mlp, nn.Sequential):
-        first, norm, slope, last = mlp
-        assert isinstance(first, nn.Linear)
-        assert isinstance(norm, nn.LayerNorm)
-        assert isinstance(slope, nn.LeakyReLU)
-        assert isinstance(last, nn.Linear)
+        first, norm, slope, last = parts_of(mlp)
         hidden = F.linear(x, first.weight, first.bias)
         hidden = F.layer_norm(hidden, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
         hidden = F.leaky_relu_(hidden, slope.negative_slope)
@@ -155,7 +156,17 @@ def _phi(x: Tensor, mlp: nn.Module, linear: nn.Linear, bias: Tensor | None) -> T
     return _feature_map_(F.linear(y, linear.weight, bias))
 
 
-def _bias_behind(mlp: nn.Module, linear: nn.Linear) -> Tensor | None:
+def parts_of(mlp: nn.Sequential) -> tuple[nn.Linear, nn.LayerNorm, nn.LeakyReLU, nn.Linear]:
+    """The layers of a non-linear projection."""
+    first, norm, slope, last = mlp
+    assert isinstance(first, nn.Linear)
+    assert isinstance(norm, nn.LayerNorm)
+    assert isinstance(slope, nn.LeakyReLU)
+    assert isinstance(last, nn.Linear)
+    return first, norm, slope, last
+
+
+def bias_behind(mlp: nn.Module, linear: nn.Linear) -> Tensor | None:
     """W b2 + b: what the bias of the MLP's last layer is behind the projection."""
     inner = mlp[-1].bias if isinstance(mlp, nn.Sequential) else None
     if not isinstance(inner, Tensor):

@@ -51,8 +51,9 @@ from engine.bands.chunks import (
     InplaceResnetBlock2D,
 )
 from engine.bands.layers import BandConv2d, BandUpsample2D, plain_convolution
-from engine.bands.resnet import BandResnetBlock2D
+from engine.bands.resnet import BandResnetBlock2D, FusedResnetBlock2D
 from engine.config import UserError
+from engine.kernels.layout import TokensTransformer2D
 from engine.kernels.pointwise import FusedGEGLU
 from engine.memory.skips import (
     HostCrossAttnDownBlock2D,
@@ -126,8 +127,7 @@ def apply(unet: UNet2DConditionModel, options: MemoryOptions, mesh: Mesh | None 
     _refuse(unet, swaps)
     for module in unet.modules():
         if type(module) in swaps and _is_usual(module):
-            if swaps[type(module)] in _LEAN_CLASSES:
-                module.__dict__["class_before"] = type(module)
+            module.__dict__["class_before"] = type(module)
             module.__class__ = swaps[type(module)]
             _set_chunks(module, options)
     for block in unet.up_blocks:
@@ -147,14 +147,12 @@ def remove(unet: UNet2DConditionModel) -> None:
     for hook in unet.__dict__.pop("_memory_handles", ()):
         hook.remove()
     for module in unet.modules():
-        if type(module) in _LEAN_CLASSES:
-            before = module.__dict__.pop("class_before")
+        before = module.__dict__.pop("class_before", None)
+        if before is not None:
             usual = _BANDED if isinstance(unet, Boundary) else _NOT_BANDED
             module.__class__ = usual.get(before, before)
             for name in ("token_chunks", "row_chunks", "skips", "hands_over"):
                 module.__dict__.pop(name, None)
-        elif type(module) is BandConv2d and not isinstance(unet, Boundary):
-            module.__class__ = nn.Conv2d  # type: ignore[assignment]
 
 
 Swaps = dict[type[nn.Module], type[nn.Module]]
@@ -164,7 +162,11 @@ _TRANSFORMER: Swaps = {
     GEGLU: InplaceGEGLU,
     FusedGEGLU: FusedInplaceGEGLU,
 }
-_TOKENS: Swaps = {**_TRANSFORMER, Transformer2DModel: ChunkedTransformer2D}
+_TOKENS: Swaps = {
+    **_TRANSFORMER,
+    Transformer2DModel: ChunkedTransformer2D,
+    TokensTransformer2D: ChunkedTransformer2D,
+}
 _LATE_JOIN: Swaps = {
     UpBlock2D: LateJoinUpBlock2D,
     CrossAttnUpBlock2D: LateJoinCrossAttnUpBlock2D,
@@ -176,6 +178,7 @@ _HOST_DOWN: Swaps = {
 _ROWS: Swaps = {
     ResnetBlock2D: ChunkedResnetBlock2D,
     BandResnetBlock2D: ChunkedResnetBlock2D,
+    FusedResnetBlock2D: ChunkedResnetBlock2D,
     Upsample2D: ChunkedUpsample2D,
     BandUpsample2D: ChunkedUpsample2D,
     nn.Conv2d: BandConv2d,  # of the other convolutions, too, none is given 2^31 elements
@@ -183,12 +186,14 @@ _ROWS: Swaps = {
 _IN_PLACE: Swaps = {
     ResnetBlock2D: InplaceResnetBlock2D,
     BandResnetBlock2D: InplaceResnetBlock2D,
+    FusedResnetBlock2D: InplaceResnetBlock2D,
 }
-_LEAN_CLASSES = {
-    lean for swaps in (_TOKENS, _LATE_JOIN, _HOST_DOWN, _ROWS, _IN_PLACE) for lean in swaps.values()
-} - {BandConv2d}  # which may be banded for another reason
 # What a layer becomes again, where the UNet was distributed, or collected, in between.
-_BANDED: Swaps = {ResnetBlock2D: BandResnetBlock2D, Upsample2D: BandUpsample2D}
+_BANDED: Swaps = {
+    ResnetBlock2D: BandResnetBlock2D,
+    Upsample2D: BandUpsample2D,
+    nn.Conv2d: BandConv2d,
+}
 _NOT_BANDED: Swaps = {BandResnetBlock2D: ResnetBlock2D}
 
 

@@ -27,6 +27,7 @@ import torch
 
 from engine.bands import Mesh
 from engine.config import Settings, UserError
+from engine.fuse import kernels_for
 from engine.hardware import (
     Speeds,
     free_disk_bytes,
@@ -136,7 +137,8 @@ def make_plan(
     model = model or mesh.agree(lambda: _describe(settings))
     dtype = dtype_of(settings, mesh.device)
     text_bytes = mesh.agree(lambda: count_text_parameters(settings.model)) * dtype.itemsize
-    dry_run = DryRun(model, dtype, kernels_of(mesh.device), text_bytes)
+    fused = kernels_for(settings.kernels, mesh.device, dtype) == "fused"
+    dry_run = DryRun(model, dtype, kernels_of(mesh.device, fused), text_bytes)
     limit_gb = settings.memory.limit_gb
     dry_run.limit_bytes = int(1e9 * limit_gb) if limit_gb else free_memory_bytes(mesh)
     if loaded and not limit_gb:

@@ -1,0 +1,237 @@
+"""LinFusion's headline on this machine: a whole recipe in a model's true shape, by random weights.
+
+    python -m benchmarks.headline --model SD-1.5                       16384x16384 px
+    python -m benchmarks.headline --model SDXL --height 8192           16384x8192, two branches
+    python -m benchmarks.headline --model demo --width 512 --height 256 --steps 8
+
+The published recipes (configs/sd15_16k.yaml, sdxl_16k.yaml) from the prompt to the last row of
+pixels: what a picture takes does not depend on what the weights have learnt, so nothing is
+downloaded. Text encoders, UNet and VAE have the sizes of the published ones, the tokenizer is the
+demo's. Printed are seconds of each part, as `benchmarks.end_to_end` has them, and the GPU's memory
+at the peak. What is painted is noise, which takes longer to write than a picture: the aims are for
+the painting alone.
+
+By torchrun it is several ranks' picture, and rank 0 prints.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
+
+from benchmarks import common
+from benchmarks.common import GB, MB, Aim, Noise
+from benchmarks.end_to_end import Stopwatch
+from benchmarks.networks import MODELS
+from engine import linfusion, memory
+from engine.bands import is_first_process, open_mesh
+from engine.config import Settings
+from engine.demo import WEIGHTS
+from engine.fuse import choose_kernels, kernels_for
+from engine.keeper import Control
+from engine.loading import load
+from engine.pipeline import Engine
+from engine.plan import dtype_of
+from engine.preflight import memory_options
+
+AIMS_S = {("SD-1.5", 16384, 16384): 45, ("SDXL", 16384, 8192): 60}
+LADDERS = {
+    "SD-1.5": {"strategy": "sdedit", "base": 1024, "strengths": [0.4, 0.3, 0.2, 0.1]},
+    "SDXL": {"strategy": "demofusion", "base": 1024, "preset": "fast"},
+    "demo": {"strategy": "demofusion", "base": 128},
+}
+CODEC = {"mode": "streaming", "chunk_rows": 32}  # a host launches few large chunks sooner
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = common.arguments(__doc__)
+    parser.set_defaults(repeats=1)
+    parser.add_argument("--model", choices=list(LADDERS), default="SD-1.5")
+    parser.add_argument("--width", type=int, default=16384)
+    parser.add_argument("--height", type=int, default=16384)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--warm-up", type=int, default=1024, metavar="PX", help="0 for none")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="FLAG=VALUE", help="settings: memory.token_chunks=8"
+    )
+    return parser.parse_args()
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def build(model: str, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+    """A pipeline in the model's shape."""
+    if model == "demo":
+        return load("demo", dtype=dtype)
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return _sdxl() if model == "SDXL" else _sd15()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def _sd15() -> DiffusionPipeline:
+    unet = UNet2DConditionModel(**MODELS["SD-1.5"], sample_size=64)
+    return StableDiffusionPipeline(
+        vae=_vae(), text_encoder=_finished(CLIPTextModel(_clip(768, 12, 12))), unet=_linear(unet),
+        tokenizer=_tokenizer(), scheduler=_scheduler(), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def _sdxl() -> DiffusionPipeline:
+    sizes = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+        "sample_size": 128,
+    }
+    unet = UNet2DConditionModel(**MODELS["SDXL"], **sizes)
+    second = CLIPTextModelWithProjection(_clip(1280, 32, 20, projection_dim=1280))
+    return StableDiffusionXLPipeline(
+        vae=_vae(scaling_factor=0.13025), text_encoder=_finished(CLIPTextModel(_clip(768, 12, 12))),
+        text_encoder_2=_finished(second), tokenizer=_tokenizer(), tokenizer_2=_tokenizer(),
+        unet=_linear(unet), scheduler=_scheduler(), add_watermarker=False,
+    )  # fmt: skip
+
+
+def _clip(width: int, layers: int, heads: int, **options: Any) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+        num_attention_heads=heads, **options,
+    )  # fmt: skip
+
+
+def _vae(**options: Any) -> AutoencoderKL:
+    return _finished(
+        AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=1024,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            **options,
+        )
+    )  # fmt: skip
+
+
+def _linear(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    linfusion.convert(unet)
+    return _finished(unet)
+
+
+def _finished(network: nn.Module) -> Any:
+    return network.eval().requires_grad_(False)
+
+
+def _tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer", model_max_length=77)
+
+
+def _scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        steps_offset=1,
+    )
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def settings_of(options: argparse.Namespace, folder: Path) -> Settings:
+    """The recipe, with what `--set` changes."""
+    recipe = {
+        "prompt": "a lake at dawn", "width": options.width, "height": options.height,
+        "steps": options.steps, "ladder": LADDERS[options.model], "codec": CODEC,
+        "output": str(folder / "picture.png"),
+    }  # fmt: skip
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    return Settings.load(["--config", str(file), *(f"--{flag}" for flag in options.set)])
+
+
+def measure(options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+    """Seconds of each part in every repeat, and memory."""
+    current = [Stopwatch()]
+    with open_mesh() as mesh:
+        mesh = mesh.on_device(settings.device)
+        dtype = dtype_of(settings, mesh.device)
+        pipe = build(options.model, mesh.device, dtype)
+        engine = Engine(pipe, mesh, control=Control(tell=lambda told: current[0](told)))
+        for network in (pipe.unet, pipe.vae):
+            choose_kernels(network, kernels_for(settings.kernels, mesh.device, dtype))
+        memory.apply(pipe.unet, memory_options(settings), mesh)
+        if options.warm_up:  # libraries choose their kernels, and kernels are compiled
+            share = options.warm_up / max(options.width, options.height)
+            sides = {s: 8 * round(getattr(options, s) * share / 8) for s in ("width", "height")}
+            ladder = settings.ladder.model_copy(update={"base": options.warm_up // 2})
+            small = settings.model_copy(update={**sides, "steps": 10, "ladder": ladder})
+            _, pixels = engine.paint(small)
+            assert pixels.isfinite().all(), "numbers overflowed: choose another --set dtype"
+        common.start_peak_mb()
+        parts = [_once(engine, settings, current) for _ in range(options.repeats)]
+        return {"parts": parts, "peak_gb": common.peak_mb() * MB / GB, "ranks": mesh.size}
+
+
+def _once(engine: Engine, settings: Settings, current: list[Stopwatch]) -> dict[str, float]:
+    engine.mesh.barrier()
+    current[0] = Stopwatch()
+    engine.generate(settings)
+    return {name: wall for name, (wall, _) in current[0].parts.items()}
+
+
+def print_parts(record: dict[str, Any], options: argparse.Namespace) -> None:
+    ranks = f"{record['ranks']} rank{'s' * (record['ranks'] > 1)}"
+    print(f"{options.model}, {options.width}x{options.height} px, {ranks}\n")
+    rows = [[name, Noise.of([p[name] for p in record["parts"]])] for name in record["parts"][0]]
+    rows.append(["painting: all but writing", Noise.of(painting(record))])
+    common.print_table(["", "s"], rows)
+    print(f"\nmemory at the peak: {record['peak_gb']:.1f} GB\n")
+
+
+def painting(record: dict[str, Any]) -> list[float]:
+    """Seconds until all pixels are there."""
+    return [sum(s for name, s in p.items() if name != "write") for p in record["parts"]]
+
+
+def aims(record: dict[str, Any], options: argparse.Namespace) -> list[Aim]:
+    limit = AIMS_S.get((options.model, options.width, options.height))
+    if limit is None:
+        return []
+    took = Noise.of(painting(record)).median if torch.cuda.is_available() else None
+    return [Aim("one H200: seconds of painting", took, limit)]
+
+
+def main() -> None:
+    options = parse_arguments()
+    common.machine()
+    with tempfile.TemporaryDirectory(prefix="linfusion-engine-") as folder:
+        record = measure(options, settings_of(options, Path(folder)))
+    if is_first_process():
+        print_parts(record, options)
+        common.finish("headline", options, record, aims(record, options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Which kernels a network computes by: PyTorch's, or this house's for GPUs.
+
+    choose_kernels(pipe.unet, "fused")       and the VAE; "plain" undoes it
+
+As everywhere, nothing is wrapped: layers change their class in place, names, weights and what is
+saved stay as they are. What "fused" changes, and where:
+
+    pictures             lie channels last, as tensor cores want them, and as tokens are anyway
+    group norms          with SiLU in one pass, their sums in another (engine.kernels.norms)
+    residual blocks      add biases and the time's shift where others read and write anyway
+    layer norms          one pass (engine.kernels.norms)
+    linear attention     state and application in a pass each (engine.kernels.fused)
+    feed-forwards        gate in one pass (engine.kernels.pointwise)
+
+The results are those of the plain layers up to rounding.
+"""
+
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import nn
+
+from engine.bands.boundary import Boundary
+from engine.bands.layers import BandConv2d, BandGroupNorm, FusedGroupNorm
+from engine.bands.resnet import BandResnetBlock2D, FusedResnetBlock2D, is_usual
+from engine.config import UserError
+from engine.kernels import fused
+from engine.kernels.layout import TokensTransformer2D
+from engine.kernels.norms import FusedLayerNorm
+from engine.kernels.pointwise import FusedGEGLU
+from engine.linfusion import FusedLinearAttention, LinearAttention
+
+Swaps = dict[type[nn.Module], type[nn.Module]]
+
+_FUSED: Swaps = {
+    LinearAttention: FusedLinearAttention,
+    GEGLU: FusedGEGLU,
+    nn.Conv2d: BandConv2d,  # none is given 2^31 elements
+    nn.GroupNorm: FusedGroupNorm,
+    BandGroupNorm: FusedGroupNorm,
+    nn.LayerNorm: FusedLayerNorm,
+    ResnetBlock2D: FusedResnetBlock2D,
+    BandResnetBlock2D: FusedResnetBlock2D,
+    Transformer2DModel: TokensTransformer2D,
+}
+# What a layer becomes again, where the network is distributed and where it is not.
+_BANDED: Swaps = {FusedGroupNorm: BandGroupNorm, FusedResnetBlock2D: BandResnetBlock2D}
+_ALONE: Swaps = {
+    BandConv2d: nn.Conv2d,
+    FusedGroupNorm: nn.GroupNorm,
+    FusedResnetBlock2D: ResnetBlock2D,
+}
+_PLAIN: Swaps = {
+    FusedLinearAttention: LinearAttention,
+    FusedGEGLU: GEGLU,
+    FusedLayerNorm: nn.LayerNorm,
+    TokensTransformer2D: Transformer2DModel,
+}
+
+
+def choose_kernels(network: nn.Module, kernels: str) -> None:
+    """Let a UNet or a VAE compute by "plain" or by "fused" kernels, in place.
+
+    Before or after `engine.distribute`, before `engine.memory.apply`.
+
+    Raises:
+        UserError: there are no such kernels, or settings that save memory have changed the layers.
+    """
+    if kernels not in ("plain", "fused"):
+        raise UserError(f"there are no kernels {kernels!r}: choose plain or fused")
+    if "_memory_handles" in vars(network):
+        raise UserError(
+            "settings that save memory have been applied to this UNet: choose its kernels before "
+            "them, or call engine.memory.remove first"
+        )
+    undone = _PLAIN | (_BANDED if isinstance(network, Boundary) else _ALONE)
+    swaps = _FUSED if kernels == "fused" else undone
+    for module in network.modules():
+        if type(module) is ResnetBlock2D and not is_usual(module):
+            continue  # its layers are fused, one by one
+        if swapped := swaps.get(type(module)):
+            module.__class__ = swapped
+    layout = torch.channels_last if kernels == "fused" else torch.contiguous_format
+    for parameter in network.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=layout)
+
+
+def kernels_for(kernels: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What `kernels` comes to where it is "auto": "fused" on a GPU with Triton, if they take it."""
+    if kernels != "auto":
+        return kernels
+    can = device.type == "cuda" and fused.is_available(device) and dtype in fused.DTYPES
+    return "fused" if can else "plain"
+
+
+def require_kernels(kernels: str, device: torch.device) -> None:
+    """Refuse kernels that `device` does not run.
+
+    Raises:
+        UserError: it is no GPU, or Triton is not installed.
+    """
+    if kernels != "fused" or fused.is_available(device):
+        return
+    if device.type == "cpu":
+        raise UserError(
+            "kernels fused are for GPUs, and this job computes on the CPU: leave kernels out, or "
+            "paint on a GPU"
+        )
+    raise UserError(
+        "kernels fused are written in Triton, which is not installed: install the triton that "
+        "your torch names (torch for CUDA brings it), or leave kernels out"
+    )
