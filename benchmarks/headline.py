@@ -51,6 +51,7 @@ from engine.loading import load
 from engine.pipeline import Engine
 from engine.plan import dtype_of
 from engine.preflight import memory_options
+from engine.progress import Progress
 
 AIMS_S = {("SD-1.5", 16384, 16384): 45, ("SDXL", 16384, 8192): 60}
 LADDERS = {
@@ -178,14 +179,22 @@ def measure(options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
         mesh = mesh.on_device(settings.device)
         dtype = dtype_of(settings, mesh.device)
         pipe = build(options.model, mesh.device, dtype)
-        engine = Engine(pipe, mesh, control=Control(tell=lambda told: current[0](told)))
+
+        def tell(told: Progress) -> None:
+            known = set(current[0].parts)
+            current[0](told)
+            for part in current[0].parts.keys() - known if mesh.rank == 0 else ():
+                print(f"{part}: {current[0].parts[part][0]:.1f} s", flush=True)
+
+        engine = Engine(pipe, mesh, control=Control(tell=tell))
         for network in (pipe.unet, pipe.vae):
             choose_kernels(network, kernels_for(settings.kernels, mesh.device, dtype))
         memory.apply(pipe.unet, memory_options(settings), mesh)
         if options.warm_up:  # libraries choose their kernels, and kernels are compiled
             share = options.warm_up / max(options.width, options.height)
             sides = {s: 8 * round(getattr(options, s) * share / 8) for s in ("width", "height")}
-            ladder = settings.ladder.model_copy(update={"base": options.warm_up // 2})
+            one = {name: getattr(settings.ladder, name)[:1] for name in ("strengths", "steps")}
+            ladder = settings.ladder.model_copy(update={**one, "base": options.warm_up // 2})
             small = settings.model_copy(update={**sides, "steps": 10, "ladder": ladder})
             _, pixels = engine.paint(small)
             assert pixels.isfinite().all(), "numbers overflowed: choose another --set dtype"

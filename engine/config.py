@@ -406,9 +406,10 @@ class Settings(BaseModel):
         "'plain' by torch, 'fused' by Triton in fewer passes, pictures lying channels last; 'auto' "
         "is fused on GPUs.",
     )
-    graphs: Literal["auto", "off"] = Field(
+    graphs: Literal["auto", "all", "off"] = Field(
         default="auto",
-        description="Whether a GPU replays recorded UNet calls where they are small (CUDA graphs).",
+        description="Whether a GPU replays recorded UNet calls where they are small (CUDA graphs); "
+        "'auto' of whole pictures, 'all' of bands too, which several GPUs have not run yet.",
     )
     mesh: MeshSettings = Field(
         default=MeshSettings(), description="How the ranks share out the work."

@@ -43,15 +43,19 @@ FEWEST = 4
 
 
 @contextmanager
-def replayed(unet: UNet2DConditionModel) -> Iterator[None]:
-    """Inside, calls of `unet` on a GPU are recorded and replayed. Its weights must stay where they
-    are, and nothing may be attached or removed meanwhile.
+def replayed(unet: UNet2DConditionModel, bands: bool = True) -> Iterator[None]:
+    """Inside, calls of `unet` on a GPU are recorded and replayed.
+
+    Its weights must stay where they are, and nothing may be attached or removed meanwhile.
+
+    Args:
+        bands: also where it works on bands, and what it sends is recorded with it.
     """
     boundary = _without_boundary(unet)  # which waits for others on the host: it stays in front
     base = type(unet)
     attributes = {"forward": _recording(base.forward), "__module__": base.__module__}
     unet.__class__ = type(base.__name__, (base,), attributes)
-    unet.__dict__["_recordings"] = Recordings()
+    unet.__dict__["_recordings"] = Recordings(bands)
     _put_in_front(unet, boundary)
     try:
         yield
@@ -97,8 +101,8 @@ def _can_record(unet: Any) -> bool:
     if unet.conv_in.weight.device.type != "cuda" or torch.is_grad_enabled():
         return False
     exchange = current_exchange()
-    if exchange is None:
-        return True
+    if exchange is None or not unet._recordings.bands:
+        return exchange is None
     linear = all(isinstance(module, LinearAttention) for _, module in self_attentions(unet))
     dilated = tuple(unet.conv_in.dilation) != (1, 1)
     by_nccl = "nccl" in str(dist.get_backend_config(exchange.mesh.group))
@@ -106,9 +110,14 @@ def _can_record(unet: Any) -> bool:
 
 
 class Recordings:
-    """All of one network, by what they depend on."""
+    """All of one network, by what they depend on.
 
-    def __init__(self) -> None:
+    Attributes:
+        bands: whether forwards over bands are recorded.
+    """
+
+    def __init__(self, bands: bool) -> None:
+        self.bands = bands
         self._recorded: dict[Any, Recording | None] = {}
         self._pool: Any = None
 

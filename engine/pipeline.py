@@ -400,7 +400,7 @@ class Engine:
         on_gpu = self.mesh.device.type == "cuda"
         if settings.graphs == "off" or not (pays and on_gpu) or moves:
             return contextlib.nullcontext()
-        return graphs.replayed(self.pipe.unet)
+        return graphs.replayed(self.pipe.unet, bands=settings.graphs == "all")
 
     def _lay_out(self, settings: Settings, rung: Rung, guided: bool) -> None:
         """Share the rung out over the ranks; a small one has fewer bands than there are ranks."""

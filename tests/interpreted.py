@@ -108,6 +108,18 @@ def test_strides_change_nothing(view, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize("mean", [-16.0, -30.0, -100.0])
+def test_queries_that_see_hardly_anything_are_scaled(mean, dtype):
+    query, key, value = random_qkv(100, 40, dtype)
+    query = query + mean
+    state = attention_state(key.double(), value.double()) / 100
+    out = fused_apply(query, state.float())
+    expected = apply_state(query.double(), state)
+    smallest = torch.finfo(dtype).smallest_normal
+    assert torch.allclose(out.double(), expected, rtol=1e-2, atol=float(smallest))
+
+
+@DTYPES
 def test_the_same_bits_again_and_in_any_batch(dtype):
     query, key, value = random_qkv(300, 40, dtype, batch=2)
     state = fused_state(key, value)

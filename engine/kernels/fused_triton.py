@@ -120,8 +120,9 @@ def apply(
         q = _load(query, rows, i, query_row * UNIT, query_column, count, HEAD).to(tl.float32)
         phi = _phi(q)
         if HALF:
-            most = tl.max(tl.where((i < HEAD)[None, :], phi, 0.0), 1)
-            scale = 1 / tl.maximum(most, 1e-30)
+            # What pads a head is phi(0) = 1, which no small row is scaled for.
+            phi = tl.where((i < HEAD)[None, :], phi, 0.0)
+            scale = 1 / tl.maximum(tl.max(phi, 1), 1e-30)
             scaled = (phi * scale[:, None]).to(OPERAND)
             mixed = tl.dot(scaled, high)
             mixed = tl.dot(scaled, low, mixed)
