@@ -8,7 +8,8 @@
                by copies; then elu + 1, z = q . mean(k) + 1e-4, S = (k / sqrt n)^T (v / sqrt n) and
                out = Wo (q S / z) (arXiv:2409.02097, section 3), a tensor for every step
     plain      ours head by head, in blocks (`engine.kernels.formula`): what half precision takes
-    ours       what the engine runs in this precision: in fp32 and fp64 `engine.kernels.streamed`
+    ours       what the engine runs here: on GPUs `engine.kernels.fused`, elsewhere in fp32 and fp64
+               `engine.kernels.streamed`
     softmax    the model's own: q, k, v, scaled_dot_product_attention, out
 
 Printed, for the attentions of most tokens in SD-1.5 (8 heads of 40) and SDXL (10 of 64); if asked,
@@ -42,6 +43,7 @@ from torch.nn import functional as F
 
 from benchmarks import common
 from benchmarks.common import COLOURS, GB, Aim, Noise
+from engine import fuse
 from engine.kernels import streamed
 from engine.linfusion import LinearAttention
 
@@ -114,7 +116,7 @@ def ours(module: LinearAttention, x: Tensor) -> Tensor:
 
 
 def plain(module: LinearAttention, x: Tensor) -> Tensor:
-    with _not_streamed():
+    with _not_streamed(), _not_fused(module):
         return module(x)
 
 
@@ -130,6 +132,13 @@ FORWARDS: dict[str, Callable[[LinearAttention, Tensor], Tensor]] = {
 def _not_streamed() -> Iterator[None]:
     with mock.patch.object(streamed, "can_stream", return_value=False):
         yield
+
+
+@contextmanager
+def _not_fused(module: LinearAttention) -> Iterator[None]:
+    kind, module.__class__ = type(module), LinearAttention
+    yield
+    module.__class__ = kind
 
 
 def _heads_to_batch(x: Tensor, heads: int) -> Tensor:
@@ -188,7 +197,9 @@ def build(shape: Shape, options: argparse.Namespace) -> LinearAttention:
     torch.manual_seed(0)
     module = LinearAttention(shape.width, heads=shape.heads, dim_head=shape.head_width)
     dtype = getattr(torch, options.dtype)
-    return module.to(common.default_device(), dtype).eval().requires_grad_(False)
+    module = module.to(common.default_device(), dtype).eval().requires_grad_(False)
+    fuse.choose_kernels(module, fuse.kernels_for("auto", common.default_device(), dtype))
+    return module
 
 
 def tokens_of(module: LinearAttention, count: int) -> Tensor:

@@ -16,6 +16,7 @@ By torchrun it is several ranks' picture, and rank 0 prints.
 
 import argparse
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from transformers import (
 )
 
 from benchmarks import common
-from benchmarks.common import GB, MB, Aim, Noise
+from benchmarks.common import COLOURS, GB, MB, Aim, Noise
 from benchmarks.end_to_end import Stopwatch
 from benchmarks.networks import MODELS
 from engine import linfusion, memory
@@ -232,6 +233,26 @@ def aims(record: dict[str, Any], options: argparse.Namespace) -> list[Aim]:
     return [Aim("one H200: seconds of painting", took, limit)]
 
 
+def draw(record: dict[str, Any], options: argparse.Namespace, plt: Any) -> Any:
+    """A bar for each part, one below the other as they follow, with the noise of the repeats."""
+    names = list(record["parts"][0])
+    noise = [Noise.of([parts[name] for parts in record["parts"]]) for name in names]
+    figure, axes = plt.subplots(figsize=(7, 0.4 * len(names) + 1.2), layout="constrained")
+    begun = 0.0
+    for name, part in zip(names, noise, strict=True):
+        colour = COLOURS["plain" if name == "write" else "ours"]
+        axes.barh(name, part.median, left=begun, color=colour)
+        axes.annotate(f" {part}", (begun + part.median, name), va="center")
+        begun += part.median
+    axes.invert_yaxis()
+    axes.margins(x=0.25)
+    axes.grid(axis="y", visible=False)
+    axes.set_title(
+        f"{options.model}, {options.width}x{options.height} px: seconds since the prompt"
+    )
+    return figure
+
+
 def main() -> None:
     options = parse_arguments()
     common.machine()
@@ -239,7 +260,8 @@ def main() -> None:
         record = measure(options, settings_of(options, Path(folder)))
     if is_first_process():
         print_parts(record, options)
-        common.finish("headline", options, record, aims(record, options))
+        drawn = partial(draw, record, options)
+        common.finish("headline", options, record, aims(record, options), drawn)
 
 
 if __name__ == "__main__":

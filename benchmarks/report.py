@@ -58,6 +58,11 @@ RUNS = {
         "--ranks 8 --px 4096 --steps 8 --repeats 5",
     ),
     "end_to_end": Run("A whole job", "--height 128 --width 192 --steps 8 --repeats 3", ""),
+    "headline": Run(
+        "A recipe, from the prompt to the last pixel",
+        "--model demo --width 512 --height 256 --steps 8 --warm-up 128",
+        "--model SDXL --height 8192 --set dtype=bfloat16",
+    ),
     "mixers": Run(
         "Mixers: from a state space model to linear attention",
         "--steps 40 --pictures 64 --held-out 2 --batch 4",

@@ -21,6 +21,7 @@ from benchmarks import (
     common,
     communication,
     end_to_end,
+    headline,
     mixers,
     mixing,
     projection,
@@ -44,6 +45,7 @@ TINY = {
     "projection": "--px 1024 --timed-px 512 --gpus 2 --most-latents 256 --repeats 1",
     "peers": "--only engine diffusers --ranks 1 --height 64 --width 64 --steps 2 --repeats 1",
     "end_to_end": "--ranks 1 --height 64 --width 64 --steps 2 --repeats 1",
+    "headline": "--model demo --height 64 --width 128 --steps 4 --warm-up 0 --set ladder.base=64",
     "mixers": "--steps 2 --pictures 2 --held-out 1 --batch 2",
 }
 
@@ -488,6 +490,20 @@ def test_the_page_has_the_tables_without_the_json():
 def test_the_page_says_that_the_machine_was_busy(load, is_busy, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "machine", lambda: {"load_average": load, "cores": 2})
     assert ("The machine was busy" in report.page([], tmp_path)) is is_busy
+
+
+def test_the_headlines_models_have_the_published_shapes():
+    def millions(network):
+        named = network.named_parameters()  # without what LinFusion adds
+        return sum(
+            w.numel() for name, w in named if ".to_q_." not in name and ".to_k_." not in name
+        )
+
+    for model, expected in {"SD-1.5": 859.5, "SDXL": 2567.5}.items():
+        pipe = headline.build(model, torch.device("meta"), torch.float16)
+        parts = [pipe.unet, pipe.vae, pipe.text_encoder]
+        found = [round(millions(part) / 1e6, 1) for part in parts]
+        assert found == [expected, 83.7, 123.1]
 
 
 @pytest.mark.parametrize("name", list(report.RUNS))

@@ -134,6 +134,8 @@ def test_an_allowance_for_tensor_cores_in_half_precision_only():
     in_half = simulate(lambda: half(x_half), CudaKernels()).peak_bytes
     assert plain == x.nbytes // 2  # the result alone
     assert in_half == x_half.nbytes + 2 * (x_half.nbytes // 2)
+    lasting = simulate(lambda: half(x_half), CudaKernels(channels_last=True)).peak_bytes
+    assert lasting == x_half.nbytes // 2
 
 
 # --- messages -------------------------------------------------------------------------------------
