@@ -151,17 +151,19 @@ class Speeds:
         )
 
 
-def measure(mesh: Mesh, dtype: torch.dtype, width: int) -> Speeds:
+def measure(mesh: Mesh, dtype: torch.dtype, width: int, fused: bool = False) -> Speeds:
     """Some two seconds of trials on every rank at once, in the job's dtype and on its device.
 
     Args:
         width: channels of a typical layer, since small layers are slower than large ones.
+        fused: whether pictures lie channels last, as for `engine.fuse`.
     """
+    layout = torch.channels_last if fused else torch.contiguous_format
     mesh.barrier()
     with torch.inference_mode():
         own = Speeds(
             product_flops=_rate(mesh, lambda n: _product(mesh, dtype, width, n)),
-            convolution_flops=_rate(mesh, lambda n: _convolution(mesh, dtype, width, n)),
+            convolution_flops=_rate(mesh, lambda n: _convolution(mesh, dtype, width, layout, n)),
             moved_bytes=_rate(mesh, lambda n: _pass(mesh, dtype, n)),
             deflated_bytes=_rate(mesh, _deflate, largest=1),
             operations=_rate(mesh, lambda n: _start(mesh, n)),
@@ -214,9 +216,12 @@ def _product(mesh: Mesh, dtype: torch.dtype, width: int, size: int) -> Trial:
     return lambda: F.linear(tokens, weight), 2.0 * len(tokens) * width * width
 
 
-def _convolution(mesh: Mesh, dtype: torch.dtype, width: int, size: int) -> Trial:
+def _convolution(
+    mesh: Mesh, dtype: torch.dtype, width: int, layout: torch.memory_format, size: int
+) -> Trial:
     x = torch.ones(1, width, 16, 16 * size, dtype=dtype, device=mesh.device)
     weight = torch.ones(width, width, 3, 3, dtype=dtype, device=mesh.device)
+    x, weight = (t.contiguous(memory_format=layout) for t in (x, weight))
     flops = 2.0 * 9 * width * width * x.shape[2] * x.shape[3]
     return lambda: F.conv2d(x, weight, padding=1), flops
 

@@ -37,7 +37,7 @@ class NoWorkspace(Kernels):
 def known_speeds(monkeypatch):
     """Measuring takes two seconds, and `tests/test_hardware.py` does it."""
     speeds = Speeds(1e11, 1e11, 1e10, 1e8, 1e5, 1e3, 1e8)
-    monkeypatch.setattr(plan, "measure", lambda mesh, dtype, width: speeds)
+    monkeypatch.setattr(plan, "measure", lambda mesh, dtype, width, fused: speeds)
 
 
 def settings(**values):

@@ -155,7 +155,8 @@ def make_plan(
     assert made is not None, "rank 0 has simulated"
     needs, no_fit = made
     # Not before: ranks that wait for rank 0 would have the cores to themselves.
-    speeds = measure(mesh, dtype, model.unet["block_out_channels"][1]) if timed else None
+    width = model.unet["block_out_channels"][1]
+    speeds = measure(mesh, dtype, width, fused) if timed else None
     disk_bytes = min(mesh.gather_objects(free_disk_bytes(settings.output)))
     return Plan(needs, speeds, dry_run.limit_bytes, disk_bytes, _targets(settings), no_fit)
 
