@@ -74,15 +74,16 @@ def choose_kernels(network: nn.Module, kernels: str) -> None:
             "settings that save memory have been applied to this UNet: choose its kernels before "
             "them, or call engine.memory.remove first"
         )
+    changed = False
     undone = _PLAIN | (_BANDED if isinstance(network, Boundary) else _ALONE)
     swaps = _FUSED if kernels == "fused" else undone
     for module in network.modules():
         if type(module) is ResnetBlock2D and not is_usual(module):
             continue  # its layers are fused, one by one
         if swapped := swaps.get(type(module)):
-            module.__class__ = swapped
+            module.__class__, changed = swapped, True
     layout = torch.channels_last if kernels == "fused" else torch.contiguous_format
-    for parameter in network.parameters():
+    for parameter in network.parameters() if changed else ():  # else they lie as the user likes
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=layout)
 

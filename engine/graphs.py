@@ -14,13 +14,16 @@ the same to the bit. Another shape, another dilation, another exchange is anothe
 them share their memory, which is given back at the end.
 
 Over bands, what travels between ranks is recorded too, with NCCL. What needs a number from another
-rank on the host (softmax attention's lengths, a dilated convolution's wide halo) cannot be, and is
-called as ever; so is a network over gloo, or in displaced mode.
+rank on the host (softmax attention's lengths, a dilated convolution's wide halo, FreeU, masks of an
+IP-Adapter) cannot be, and is called as ever; so is a network over gloo, or in displaced mode, and
+whatever fails to be recorded, for want of memory say.
 """
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
@@ -31,13 +34,15 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from engine.bands import ExactExchange, current_exchange
+from engine.bands import ExactExchange, Traffic, current_exchange
 from engine.bands.boundary import Boundary, with_boundary, without_boundary
 from engine.linfusion import LinearAttention, self_attentions
 
-LARGEST = 2**20
-"""rows times columns of a latent, times pictures, beyond which a GPU is busy for longer than a host
-takes to launch"""
+logger = logging.getLogger(__name__)
+
+LARGEST = 2**18
+"""rows times columns of a latent beyond which a GPU is busy for longer than a host takes to launch,
+and its memory is better not held: that of a recording cannot be used for anything else"""
 FEWEST = 4
 """calls of a UNet below which it does not pay to record one"""
 
@@ -104,9 +109,10 @@ def _can_record(unet: Any) -> bool:
     if exchange is None or not unet._recordings.bands:
         return exchange is None
     linear = all(isinstance(module, LinearAttention) for _, module in self_attentions(unet))
+    freeu = any(getattr(block, "s1", None) for block in unet.up_blocks)
     dilated = tuple(unet.conv_in.dilation) != (1, 1)
     by_nccl = "nccl" in str(dist.get_backend_config(exchange.mesh.group))
-    return type(exchange) is ExactExchange and linear and not dilated and by_nccl
+    return type(exchange) is ExactExchange and linear and by_nccl and not (dilated or freeu)
 
 
 class Recordings:
@@ -118,7 +124,7 @@ class Recordings:
 
     def __init__(self, bands: bool) -> None:
         self.bands = bands
-        self._recorded: dict[Any, Recording | None] = {}
+        self._recorded: dict[Any, Recording | str | None] = {}
         self._pool: Any = None
 
     def call(self, forward: Any, call: dict[str, Any], state: tuple[Any, ...]) -> Any:
@@ -128,12 +134,20 @@ class Recordings:
         if key not in self._recorded:
             self._recorded[key] = None
             return forward(**call)
+        if self._recorded[key] is None:
+            self._recorded[key] = self._record(forward, leaves, shape)
         recording = self._recorded[key]
-        if recording is None:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            recording = Recording.of(forward, leaves, shape, self._pool)
-            self._recorded[key] = recording
-        return recording.replay(leaves)
+        return recording.replay(leaves) if isinstance(recording, Recording) else forward(**call)
+
+    def _record(self, forward: Any, leaves: list[Any], shape: Any) -> "Recording | str":
+        """Or why there is none: the same on every rank, since all make the same calls."""
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            return Recording.of(forward, leaves, shape, self._pool)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            logger.warning("UNet calls are not recorded, which costs time only: %s", reason)
+            return reason
 
 
 def _kind(leaf: Any) -> Any:
@@ -148,11 +162,14 @@ class Recording:
     Attributes:
         arguments: all that were recorded, of which the tensors are copied to.
         results: in which the tensors are copied from.
+        traffic: of the bands, counted again by each replay; with what one adds to it.
     """
 
     graph: torch.cuda.CUDAGraph
     arguments: list[Any]
     results: tuple[Tensor, ...]
+    traffic: Traffic | None = None
+    sent: Traffic | None = None
 
     @classmethod
     def of(cls, forward: Any, leaves: list[Any], shape: Any, pool: Any) -> "Recording":
@@ -162,11 +179,17 @@ class Recording:
             torch.empty_like(x, device=device).copy_(x) if isinstance(x, Tensor) else x
             for x in leaves
         ]
-        torch.cuda.empty_cache()  # what the call before has left is not there for the recording
+        exchange = current_exchange()
+        traffic = None if exchange is None else exchange.traffic
+        before = deepcopy(traffic)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             results = forward(**tree_unflatten(arguments, shape))
-        return cls(graph, arguments, results)
+        if traffic is None or before is None:
+            return cls(graph, arguments, results)
+        sent = traffic.since(before)
+        traffic.bytes_sent, traffic.rounds = before.bytes_sent, before.rounds
+        return cls(graph, arguments, results, traffic, sent)
 
     def replay(self, leaves: list[Any]) -> tuple[Tensor, ...]:
         """The results for arguments of the same kinds."""
@@ -174,4 +197,6 @@ class Recording:
             if isinstance(given, Tensor):
                 ours.copy_(given)
         self.graph.replay()
+        if self.traffic is not None and self.sent is not None:
+            self.traffic.add(self.sent)
         return tuple(result.clone() for result in self.results)

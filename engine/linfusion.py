@@ -33,7 +33,7 @@ from engine.bands import mean_over_bands
 from engine.config import UserError
 from engine.kernels import fused, streamed
 from engine.kernels.formula import apply_state, attention_state
-from engine.kernels.norms import has_kernels, layer_norm
+from engine.kernels.norms import can_layer_norm, has_kernels, layer_norm
 
 _WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
@@ -159,7 +159,10 @@ class FusedLinearAttention(LinearAttention):
         first, norm, leaky, last = streamed.parts_of(mlp)
         flat = tokens.flatten(0, 1)
         hidden = F.linear(flat, first.weight, first.bias)
-        hidden = layer_norm(norm, hidden, leaky.negative_slope, out=hidden)
+        if can_layer_norm(norm, hidden):
+            hidden = layer_norm(norm, hidden, leaky.negative_slope, out=hidden)
+        else:
+            hidden = leaky(norm(hidden))
         summed = torch.addmm(flat, hidden, last.weight.t())
         bias = streamed.bias_behind(mlp, linear)
         return F.linear(summed, linear.weight, bias).unflatten(0, tokens.shape[:2])

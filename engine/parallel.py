@@ -57,6 +57,7 @@ from engine.bands.layers import (
     BandGroupNorm,
     BandSelfAttention,
     BandUpsample2D,
+    FusedGroupNorm,
     require_plain_processor,
 )
 from engine.bands.resnet import BandResnetBlock2D, is_usual
@@ -167,16 +168,19 @@ def share_out(
 
 
 def collect(pipe: DiffusionPipeline) -> None:
-    """Undo `distribute`: `pipe` is a plain pipeline again, which computes on this rank alone."""
+    """Undo `distribute`: `pipe` computes on this rank alone again, by whichever kernels it did."""
     if isinstance(pipe, PipelineBoundary):
         pipe.layout.close()
     without_boundary(pipe)
     for network, _ in _networks(pipe):
-        is_banded = isinstance(network, Boundary)
+        layers = dict(_PLAIN_LAYERS) if isinstance(network, Boundary) else {}
+        layers[BandUpsample2D] = Upsample2D
+        if any(isinstance(module, FusedGroupNorm) for module in network.modules()):
+            layers.pop(BandConv2d, None)  # `engine.fuse` has them everywhere
         without_boundary(network)
         for module in network.modules():
-            if type(module) is BandUpsample2D or (is_banded and type(module) in _PLAIN_LAYERS):
-                module.__class__ = _PLAIN_LAYERS[type(module)]
+            if plain := layers.get(type(module)):
+                module.__class__ = plain
 
 
 def _networks(pipe: DiffusionPipeline) -> Iterator[tuple[nn.Module, type[Boundary]]]:

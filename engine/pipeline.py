@@ -396,9 +396,8 @@ class Engine:
         """Around the steps of a rung: UNet calls recorded and replayed, where that pays."""
         left = ladder.calls(self.pipe.scheduler, rung) - state.step
         pays = left >= graphs.FEWEST and state.latent[0, 0].numel() <= graphs.LARGEST
-        moves = settings.memory.skips_on_host or settings.memory.sharded_weights
         on_gpu = self.mesh.device.type == "cuda"
-        if settings.graphs == "off" or not (pays and on_gpu) or moves:
+        if settings.graphs == "off" or not (pays and on_gpu) or memory.moves(self.pipe.unet):
             return contextlib.nullcontext()
         return graphs.replayed(self.pipe.unet, bands=settings.graphs == "all")
 

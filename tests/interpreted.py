@@ -149,7 +149,7 @@ def test_tiles_cover_every_head():
     kinds = itertools.product((tiles_of_state, tiles_of_apply), (torch.float16, torch.float32))
     for tiles_of, dtype in kinds:
         for width in range(1, 161):
-            tiles = tiles_of(width, dtype)
+            tiles = tiles_of(width, dtype, 1 << 17)
             assert width <= tiles.wide
             for side in (tiles.wide, tiles.columns, tiles.block):
                 assert side >= 16

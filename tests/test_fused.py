@@ -3,19 +3,26 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.hooks import attach_align_device_hook
 
 from engine import fuse, linfusion
-from engine.bands import open_mesh
+from engine.bands import Mesh, open_mesh
+from engine.bands.boundary import UNetBoundary, with_boundary
+from engine.bands.resnet import FusedResnetBlock2D
 from engine.config import Settings, UserError
-from engine.kernels import fused
+from engine.kernels import fused, norms
+from engine.kernels.norms import FusedLayerNorm
 from engine.linfusion import FusedLinearAttention
 from engine.memory import MemoryOptions, apply
+from engine.parallel import band_layers, collect, share_out
 from engine.pipeline import Engine
-from tests.models import tiny_unet
+from tests.models import latent, tiny_unet
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,6 +46,16 @@ def test_the_kernels_in_tritons_interpreter(file):
     done = run("-m", "pytest", file, "--durations=5", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "skipped" not in done.stdout
+
+
+@pytest.mark.slow
+def test_the_kernels_fit_into_smaller_gpus(tmp_path):
+    """Compiled for A100 and RTX 30; tests/gpu.py runs them on what there is."""
+    if not fused.is_installed():
+        pytest.skip("needs Triton: pip install triton")
+    done = run("-m", "tests.compiled", "80", "86", TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
 
 
 def test_the_engine_does_without_triton():
@@ -100,6 +117,59 @@ def test_on_the_cpu_the_fused_network_is_the_plain_one():
     assert torch.allclose(unet(sample, 9, text).sample, picture, atol=1e-5)
     apply(unet, MemoryOptions(inplace_activations=True))
     assert torch.allclose(unet(sample, 9, text).sample, picture, atol=1e-5)
+
+
+@torch.no_grad()
+def test_weights_that_are_fetched_when_a_layer_is_called():
+    """accelerate's sequential offload: whoever takes a layer's weights past its call finds none."""
+    unet, sample, text = tiny_unet(dtype=torch.float32), torch.randn(1, 4, 16, 12), latent(7, 24)
+    text = text.mean(1)[:1].float()
+    expected = unet(sample, 9, text).sample
+    fuse.choose_kernels(unet, "fused")
+    weights = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    cpu = torch.device("cpu")
+    attach_align_device_hook(unet, execution_device=cpu, offload=True, weights_map=weights)
+    assert unet.conv_in.weight.is_meta
+    assert torch.allclose(unet(sample, 9, text).sample, expected, atol=1e-5)
+
+
+def kinds(network):
+    return Counter(type(module) for module in network.modules())
+
+
+def test_kernels_and_bands_in_any_order():
+    mesh = Mesh(0, 1, torch.device("cpu"), None)
+    plain = kinds(tiny_unet())
+    fused_alone = tiny_unet()
+    fuse.choose_kernels(fused_alone, "fused")
+    fused_alone = kinds(fused_alone)
+    layout = share_out(mesh, 1, check_drift=False)
+    for before in (False, True):
+        unet = tiny_unet()
+        if before:
+            fuse.choose_kernels(unet, "fused")
+        band_layers(unet)
+        with_boundary(unet, UNetBoundary, layout)
+        fuse.choose_kernels(unet, "fused")
+        assert kinds(unet)[FusedResnetBlock2D] == fused_alone[FusedResnetBlock2D]
+        pipe = SimpleNamespace(unet=unet)
+        collect(pipe)
+        assert kinds(unet) == fused_alone
+        fuse.choose_kernels(unet, "plain")
+        assert kinds(unet) == plain
+
+
+def test_a_layout_of_ones_own_stays():
+    unet = tiny_unet().to(memory_format=torch.channels_last)
+    fuse.choose_kernels(unet, "plain")
+    assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_layer_norm_of_another_width_is_left_to_torch():
+    norm, x = FusedLayerNorm(16), torch.randn(4, 32)
+    assert not norms.can_layer_norm(norm, x)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="normalized_shape"):
+        norm(x)
 
 
 def test_unknown_kernels_are_refused():

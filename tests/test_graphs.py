@@ -1,10 +1,12 @@
 """Recorded forwards: when there are any, and that nothing is left of them; see tests/gpu.py too."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
 from engine import graphs
-from engine.bands import ExactExchange
+from engine.bands import ExactExchange, Traffic
 from engine.bands.boundary import UNetBoundary
 from engine.config import Settings
 from engine.ladder import Rung, State
@@ -66,6 +68,32 @@ def test_what_differs_is_another_recording(recordings, sample, scale, state):
     assert Tape.made == 2
 
 
+def test_what_cannot_be_recorded_is_called_as_ever(recordings, monkeypatch, caplog):
+    def fails(*arguments):
+        raise torch.OutOfMemoryError("no room\nand more")
+
+    monkeypatch.setattr(Tape, "of", fails)
+    for scale in range(4):
+        (result,) = recordings.call(forward, {"sample": torch.ones(1), "scale": 7}, (scale // 4,))
+        assert result.item() == 7
+    assert [record.message for record in caplog.records] == [
+        "UNet calls are not recorded, which costs time only: no room"
+    ]
+
+
+def test_traffic_of_a_part_is_counted_again():
+    traffic = Traffic()
+    traffic.count(object(), 5)
+    before = deepcopy(traffic)
+    traffic.count("layer", 7)
+    traffic.count("layer", 2, shared=True)
+    sent = traffic.since(before)
+    assert (sent.bytes_sent, sent.rounds) == ({"str": 9}, {"str": 1})
+    traffic.add(sent)
+    assert (traffic.bytes_sent["str"], traffic.rounds["str"]) == (18, 2)
+    assert traffic.bytes_sent["object"] == 5
+
+
 @torch.no_grad()
 def test_a_cpu_computes_as_ever_and_nothing_is_left():
     unet, x = tiny_unet(), latent(16, 12)
@@ -109,17 +137,17 @@ CUDA, SMALL, LARGE = torch.device("cuda"), (64, 128), (2048, 2048)
         (SMALL, 0, {}, CUDA, True), (SMALL, 0, {"graphs": "all"}, CUDA, True),
         (SMALL, 0, {"graphs": "off"}, CUDA, False), (SMALL, 0, {}, torch.device("cpu"), False),
         (LARGE, 0, {}, CUDA, False), (SMALL, 18, {}, CUDA, False),
-        (SMALL, 0, {"memory": {"skips_on_host": True}}, CUDA, False),
-        (SMALL, 0, {"memory": {"sharded_weights": True}}, CUDA, False),
     ],
 )  # fmt: skip
-def test_when_it_pays(monkeypatch, size, step, changes, device, expected):
+@pytest.mark.parametrize("moves", [False, True])
+def test_when_it_pays(monkeypatch, size, step, changes, device, expected, moves):
     asked, wanted = Settings.model_validate({"steps": 20, **changes}), []
     monkeypatch.setattr(graphs, "replayed", lambda unet, bands: wanted.append(bands))
     monkeypatch.setattr("engine.ladder.calls", lambda scheduler, rung: 20)
+    monkeypatch.setattr("engine.memory.moves", lambda unet: moves)
     engine = Engine.__new__(Engine)
     engine.mesh, engine.pipe = type("M", (), {"device": device}), type("P", (), {})
     engine.pipe.unet = engine.pipe.scheduler = None
     state = State(0, step, torch.empty(1, 4, *size), None, torch.Generator())
     engine._replayed(asked, state, Rung(0, 8 * size[0], 8 * size[1], 20, 1.0, 7.5))
-    assert wanted == ([asked.graphs == "all"] if expected else [])
+    assert wanted == ([asked.graphs == "all"] if expected and not moves else [])

@@ -49,6 +49,15 @@ class Traffic:
         if not shared:
             self.rounds[kind] += 1
 
+    def add(self, other: "Traffic") -> None:
+        """Count what `other` has counted, too."""
+        self.bytes_sent.update(other.bytes_sent)
+        self.rounds.update(other.rounds)
+
+    def since(self, before: "Traffic") -> "Traffic":
+        """What was counted after a copy of this was made."""
+        return Traffic(self.bytes_sent - before.bytes_sent, self.rounds - before.rounds)
+
     @property
     def megabytes(self) -> float:
         """All bytes sent, in MB of 10^6 bytes."""
@@ -149,7 +158,7 @@ class Exchange(ABC):
         No data vary less than a part of them does; rounding, or a guess of what the other bands
         have by now (`engine.bands.displaced`), could say otherwise, so the own part is the least.
         """
-        own = moments(parts, groups, shift)
+        own = moments(parts, groups, shift, is_fused(layer))
         total = self.sum(layer, own)
         mean, variance = mean_and_variance(total)
         own_share = mean_and_variance(own)[1] * own[0] / total[0]
@@ -199,7 +208,14 @@ class ExactExchange(Exchange):
 # --- moments --------------------------------------------------------------------------------------
 
 
-def moments(parts: list[Tensor], groups: int, shift: Tensor | None = None) -> Tensor:
+def is_fused(layer: object) -> bool:
+    """Whether a norm is computed by kernels, where they can; see `engine.fuse`."""
+    return getattr(layer, "fused", False)
+
+
+def moments(
+    parts: list[Tensor], groups: int, shift: Tensor | None = None, fused: bool = False
+) -> Tensor:
     """[count, sum, sum of squares] of each group of channels: [3, B, groups] in fp64.
 
     Mean and variance are taken in fp32 in two passes, and only their recombination, a few numbers
@@ -210,9 +226,10 @@ def moments(parts: list[Tensor], groups: int, shift: Tensor | None = None) -> Te
         parts: [B, C_i, ...] each, whose channels one after the other are grouped: a group may lie
             across two of them.
         shift: [B or 1, C], what is still to be added to the channels.
+        fused: by the kernel of `engine.kernels.norms`, where it can.
     """
     dtype = torch.promote_types(parts[0].dtype, torch.float32)
-    by_channel = torch.cat([_channel_moments(part, dtype) for part in parts], dim=-1)
+    by_channel = torch.cat([_channel_moments(part, dtype, fused) for part in parts], dim=-1)
     if shift is not None:
         count, total, squares = by_channel
         by = shift.double()
@@ -224,12 +241,12 @@ def moments(parts: list[Tensor], groups: int, shift: Tensor | None = None) -> Te
 _STATISTICS_ELEMENTS = 2**25  # of a chunk that is widened to fp32, or copied by a kernel
 
 
-def _channel_moments(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _channel_moments(x: Tensor, dtype: torch.dtype, fused: bool) -> Tensor:
     """[count, sum, sum of squares] of every channel of x [B, C, ...]: [3, B, C] in fp64.
 
     Chunk by chunk, so that half precision is never widened all at once, if not by a kernel.
     """
-    if norms.can_compute(x):
+    if fused and norms.can_compute(x):
         mean, variance = norms.channel_moments(x)
         count = torch.full_like(mean, x[0, 0].numel())
         return torch.stack([count, count * mean, count * (variance + mean**2)])

@@ -23,12 +23,12 @@ from torch.nn import functional as F
 
 from engine.bands.alone import Alone
 from engine.bands.context import current_exchange
-from engine.bands.exchange import Exchange, mean_and_variance, moments
+from engine.bands.exchange import Exchange, is_fused, mean_and_variance, moments
 from engine.bands.rows import halo_rows
 from engine.config import UserError
 from engine.kernels import norms
 from engine.kernels.convolution import convolve_by_rows, convolve_doubled
-from engine.kernels.layout import layout_of
+from engine.kernels.layout import has_hooks, layout_of
 
 
 def plain_convolution(conv: Any) -> nn.Conv2d:
@@ -123,11 +123,6 @@ def can_double(layer: Upsample2D) -> bool:
     return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and not has_hooks(conv)
 
 
-def has_hooks(layer: nn.Module) -> bool:
-    """Whether something happens when `layer` is called, such as its weights being fetched."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
-
-
 class BandGroupNorm(nn.GroupNorm):
     """A group norm over all bands: one all-reduce of [count, sum, sum of squares] per group."""
 
@@ -148,13 +143,16 @@ class FusedGroupNorm(BandGroupNorm):
     Blocks that call a norm and then SiLU look for this class, and have both done at once.
     """
 
+    fused = True
+
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, ...] -> the same"""
         exchange = current_exchange()
-        if exchange is None and not _can_fuse(self, input):
+        if exchange is None and not can_fuse(self, input):
             return super().forward(input)
-        mean, variance = global_statistics(self, exchange, [by_tokens(self, input)])
-        return normalise(self, input, mean, variance)
+        x = by_tokens(self, input)
+        mean, variance = global_statistics(self, exchange, [x])
+        return normalise(self, x, mean, variance)
 
 
 def by_tokens(norm: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -179,7 +177,7 @@ def global_statistics(
     """
     if exchange is not None:
         return exchange.statistics(norm, parts, norm.num_groups, shift)
-    mean, variance = mean_and_variance(moments(parts, norm.num_groups, shift))
+    mean, variance = mean_and_variance(moments(parts, norm.num_groups, shift, is_fused(norm)))
     dtype = torch.promote_types(parts[0].dtype, torch.float32)
     return mean.to(dtype), variance.clamp(min=0).to(dtype)
 
@@ -189,7 +187,7 @@ def normalise(norm: nn.GroupNorm, x: Tensor, mean: Tensor, variance: Tensor) -> 
 
     That is torch's one fused kernel which takes statistics from outside.
     """
-    if _can_fuse(norm, x):
+    if can_fuse(norm, x):
         return norms.group_norm(norm, by_tokens(norm, x), mean, variance)
     batch, channels = x.shape[:2]
     per_channel = channels // norm.num_groups
@@ -224,7 +222,7 @@ def normalise_and_activate(
         shift: [B or 1, C]
     """
     is_silu = type(activate) is nn.SiLU and not has_hooks(activate)
-    if is_silu and _can_fuse(norm, x) and (out is None or norms.is_by_tokens(out)):
+    if is_silu and can_fuse(norm, x) and (out is None or norms.is_by_tokens(out)):
         x = by_tokens(norm, x)
         return norms.group_norm(norm, x, mean, variance, True, shift, out)
     x = x if shift is None else x + shift[:, :, None, None]
@@ -232,7 +230,7 @@ def normalise_and_activate(
     return y if out is None else out.copy_(y)
 
 
-def _can_fuse(norm: nn.GroupNorm, x: Tensor) -> bool:
+def can_fuse(norm: nn.GroupNorm, x: Tensor) -> bool:
     """Whether a kernel does what this norm does to [B, C, h, W]."""
     whole = (norm.weight is None) == (norm.bias is None)
     chosen = isinstance(norm, FusedGroupNorm) and not has_hooks(norm)

@@ -27,13 +27,13 @@ from engine.bands.layers import (
     BandGroupNorm,
     FusedGroupNorm,
     by_tokens,
+    can_fuse,
     global_statistics,
-    has_hooks,
     normalise_and_activate,
     plain_convolution,
 )
 from engine.kernels import pointwise
-from engine.kernels.layout import room_for
+from engine.kernels.layout import has_hooks, room_for
 
 
 class BandResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
@@ -193,7 +193,7 @@ def _normalise_and_activate(
     saves, if it is not fused.
     """
     is_apart = isinstance(norm, BandGroupNorm) and exchange is not None
-    if has_hooks(norm) or not (is_apart or isinstance(norm, FusedGroupNorm)):
+    if has_hooks(norm) or not (is_apart or can_fuse(norm, x)):
         return activate(norm(x if shift is None else x + shift[:, :, None, None]))
     x = by_tokens(norm, x)
     mean, variance = global_statistics(norm, exchange, [x], shift)

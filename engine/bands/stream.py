@@ -32,7 +32,7 @@ from torch import Tensor
 
 from engine.bands.alone import Alone
 from engine.bands.context import banded
-from engine.bands.exchange import Halo, moments
+from engine.bands.exchange import Halo, is_fused, moments
 from engine.bands.rows import overlap, scale_rows
 from engine.kernels.layout import join_rows
 
@@ -164,7 +164,7 @@ class Stream(Alone):
         if self.measures:
             rows, own = self._own_rows(layer, torch.cat(parts, 1) if len(parts) > 1 else parts[0])
             if len(rows):
-                part = moments([own], groups, shift)
+                part = moments([own], groups, shift, is_fused(layer))
                 self.moments[layer] = self.moments[layer] + part if layer in self.moments else part
         return self.frozen.norms[layer]
 

@@ -20,6 +20,9 @@ v ~ N(0, 50):
 These figures are by the same arithmetic in torch; tests/gpu.py holds a GPU to them. In fp32 the
 products are of three of TF32 each, 1e-7 on an H200.
 
+Tiles are what is fastest on an H200 of what was tried, or where a GPU has less shared memory, what
+fits; tests/test_fused.py compiles them for A100, RTX 30 and H100.
+
 How far from memory's own pace (one read of k and v; one read of q and a write), on an H200 in half
 precision, 1 million tokens: heads of 64 (SDXL) 1.5 and 1.7 times as long, of 40 (SD-1.5's first
 level, padded to 64) 2.6 and 2.7, of 80 3.6 and 4.5, of 160 10 and 8. The last two are of a fourth
@@ -58,8 +61,15 @@ def is_interpreted() -> bool:
 
 
 def is_available(device: torch.device) -> bool:
-    """Whether the kernels run on tensors there."""
-    return is_installed() and (device.type == "cuda" or is_interpreted())
+    """Whether the kernels run on tensors there: on GPUs from Ampere on."""
+    if not is_installed() or device.type != "cuda":
+        return is_installed() and is_interpreted()
+    return not torch.cuda.is_available() or _is_recent(device)
+
+
+@cache
+def _is_recent(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def can_compute(x: Tensor, width: int) -> bool:
@@ -85,28 +95,48 @@ class Tiles:
     stages: int
 
 
-def tiles_of_state(width: int, dtype: torch.dtype) -> Tiles:
-    """What is fastest on an H200, of what was tried, in half precision; in fp32 nothing was."""
+def tiles_of_state(width: int, dtype: torch.dtype, room: int) -> Tiles:
+    """The first that fit into so many bytes of shared memory, of those in order of speed."""
     wide = _padded(width)
     if dtype == torch.float32:
         return Tiles(wide, min(wide, 64), block=32, warps=4 if wide <= 64 else 8, stages=1)
-    if wide == 256:
+    if wide <= 64:
+        return Tiles(wide, wide, block=64, warps=4, stages=3)
+    if wide == 128:
+        return Tiles(wide, wide, block=64, warps=4, stages=2)
+    if room >= 131072:
         return Tiles(wide, 128, block=64, warps=8, stages=3)
-    return Tiles(wide, wide, block=64, warps=4, stages=3 if wide <= 64 else 2)
+    return Tiles(wide, 64, block=32, warps=8, stages=2)
 
 
-def tiles_of_apply(width: int, dtype: torch.dtype) -> Tiles:
+def tiles_of_apply(width: int, dtype: torch.dtype, room: int) -> Tiles:
     """The same for the other kernel."""
     wide = _padded(width)
     if dtype == torch.float32:
-        return Tiles(wide, min(wide, 64), block=32, warps=4 if wide <= 64 else 8, stages=1)
-    if wide == 256:
-        return Tiles(wide, 128, block=128, warps=8, stages=1)
-    return Tiles(wide, wide, block=64, warps=4, stages=3)
+        columns = 64 if wide <= 128 or room >= 163840 else 32
+        return Tiles(wide, min(wide, columns), block=32, warps=4 if wide <= 64 else 8, stages=1)
+    if wide <= 64:
+        return Tiles(wide, wide, block=64, warps=4, stages=3)
+    if wide == 128:
+        fast, small = Tiles(wide, 128, 64, 4, 3), Tiles(wide, 64, 64, 4, 2)
+        return fast if room >= 114688 else small
+    fast, small = Tiles(wide, 128, 128, 8, 1), Tiles(wide, 64, 64, 8, 1)
+    return fast if room >= 196608 else small
 
 
 def _padded(width: int) -> int:
     return 1 << max(4, (width - 1).bit_length())
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of it that a program may have; on a CPU, where kernels are interpreted, any number."""
+    if device.type != "cuda":
+        return 1 << 30
+    from triton.runtime import driver
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def tokens_of_state(tokens: int) -> int:
@@ -133,7 +163,7 @@ def fused_state(key: Tensor, value: Tensor) -> Tensor:
     assert key.shape == value.shape
     assert key.dtype == value.dtype
     tiles, of_program, pairs = (
-        tiles_of_state(width, key.dtype),
+        tiles_of_state(width, key.dtype, shared_memory(key.device)),
         tokens_of_state(tokens),
         batch * heads,
     )
@@ -162,7 +192,7 @@ def fused_apply(query: Tensor, mean_state: Tensor) -> Tensor:
     batch, heads, tokens, width = query.shape
     assert mean_state.shape == (batch, heads, width, width + 1)
     assert mean_state.dtype == torch.float32
-    tiles, pairs = tiles_of_apply(width, query.dtype), batch * heads
+    tiles, pairs = tiles_of_apply(width, query.dtype, shared_memory(query.device)), batch * heads
     blocks = -(-width // tiles.columns)
     out = torch.empty_like(query)
     unit = _unit(query, out)

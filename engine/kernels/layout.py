@@ -8,6 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether something happens when `layer` is called, such as its weights being fetched."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+
+
 def layout_of(x: Tensor) -> torch.memory_format:
     """That of a picture [B, C, h, W], or of some rows of one."""
     by_tokens = x.stride(1) == 1 and not x.is_contiguous()
@@ -27,8 +32,9 @@ def join_rows(pieces: Sequence[Tensor], like: Tensor) -> Tensor:
     by side, it is ten times as fast if they are shown to it as [B, h_i, W, C].
     """
     pieces = [piece for piece in pieces if piece.shape[2]] or [pieces[0]]
-    if layout_of(like) == torch.contiguous_format:
-        return torch.cat([piece.contiguous() for piece in pieces], dim=2)
+    planes = torch.contiguous_format
+    if layout_of(like) == planes:
+        return torch.cat([p if layout_of(p) == planes else p.contiguous() for p in pieces], dim=2)
     return torch.cat([piece.permute(0, 2, 3, 1) for piece in pieces], 1).permute(0, 3, 1, 2)
 
 
@@ -59,8 +65,8 @@ class TokensTransformer2D(Transformer2DModel):  # type: ignore[misc]
 
     def _project(self, layer: nn.Module, tokens: Tensor) -> Tensor:
         """[B, h, W, C] -> [B, h, W, C']"""
-        if isinstance(layer, nn.Conv2d) and not (layer._forward_hooks or layer._forward_pre_hooks):
-            return F.linear(tokens, layer.weight.flatten(1), layer.bias)
         if self.use_linear_projection:
             return layer(tokens)
+        if isinstance(layer, nn.Conv2d) and not has_hooks(layer):
+            return F.linear(tokens, layer.weight.flatten(1), layer.bias)
         return layer(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -168,7 +168,7 @@ def group_norm(
 def can_layer_norm(norm: nn.LayerNorm, x: Tensor) -> bool:
     """Whether `layer_norm` takes these tokens [..., C] in one piece."""
     whole = (norm.weight is None) == (norm.bias is None)
-    small = len(norm.normalized_shape) == 1 and norm.normalized_shape[0] <= _MOST_CHANNELS
+    small = norm.normalized_shape == x.shape[-1:] and x.shape[-1] <= _MOST_CHANNELS
     return whole and small and has_kernels(x) and x.is_contiguous() and x.numel() > 0
 
 

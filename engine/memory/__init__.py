@@ -50,7 +50,7 @@ from engine.bands.chunks import (
     ChunkedUpsample2D,
     InplaceResnetBlock2D,
 )
-from engine.bands.layers import BandConv2d, BandUpsample2D, plain_convolution
+from engine.bands.layers import BandConv2d, BandUpsample2D, FusedGroupNorm, plain_convolution
 from engine.bands.resnet import BandResnetBlock2D, FusedResnetBlock2D
 from engine.config import UserError
 from engine.kernels.layout import TokensTransformer2D
@@ -146,6 +146,7 @@ def remove(unet: UNet2DConditionModel) -> None:
         unshard(unet)
     for hook in unet.__dict__.pop("_memory_handles", ()):
         hook.remove()
+    fused = any(isinstance(module, FusedGroupNorm) for module in unet.modules())
     for module in unet.modules():
         before = module.__dict__.pop("class_before", None)
         if before is not None:
@@ -153,6 +154,14 @@ def remove(unet: UNet2DConditionModel) -> None:
             module.__class__ = usual.get(before, before)
             for name in ("token_chunks", "row_chunks", "skips", "hands_over"):
                 module.__dict__.pop(name, None)
+        elif type(module) is BandConv2d and not (fused or isinstance(unet, Boundary)):
+            module.__class__ = nn.Conv2d  # type: ignore[assignment]  # of a LoRA that came since
+
+
+def moves(unet: UNet2DConditionModel) -> bool:
+    """Whether weights or skip tensors come and go during a forward."""
+    hosts = (HostDownBlock2D, HostCrossAttnDownBlock2D)
+    return is_sharded(unet) or any(isinstance(block, hosts) for block in unet.down_blocks)
 
 
 Swaps = dict[type[nn.Module], type[nn.Module]]
