@@ -64,12 +64,12 @@ def is_available(device: torch.device) -> bool:
     """Whether the kernels run on tensors there: on GPUs from Ampere on."""
     if not is_installed() or device.type != "cuda":
         return is_installed() and is_interpreted()
-    return not torch.cuda.is_available() or _is_recent(device)
+    return _is_recent(device)
 
 
-@cache
+@cache  # it is asked for every layer, and torch asks the driver
 def _is_recent(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def can_compute(x: Tensor, width: int) -> bool:

@@ -31,6 +31,7 @@ from torch.utils.hooks import RemovableHandle
 
 from engine.bands.chunks import ChunkedResnetBlock2D
 from engine.config import UserError
+from engine.kernels.layout import layout_of
 
 
 def require_device(device: torch.device) -> None:
@@ -71,7 +72,10 @@ class HostSkip:
         if stream is None:
             self._tensor = self._tensor.to("cpu", copy=True)
             return
-        host = torch.empty(self.shape, dtype=self._tensor.dtype, pin_memory=True)
+        layout = layout_of(self._tensor)  # another one would be made on the device first
+        host = torch.empty(
+            self.shape, dtype=self._tensor.dtype, pin_memory=True, memory_format=layout
+        )
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             host.copy_(self._tensor, non_blocking=True)
