@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import engine
-from engine import linfusion, memory
+from engine import fuse, linfusion, memory
 from engine.bands import DisplacedExchange, ExactExchange, Mesh, Traffic, banded, split_rows
 from engine.bands.boundary import Layout, UNetBoundary, with_boundary
 from engine.bands.chunks import convolve, split_evenly
@@ -261,6 +261,22 @@ def test_sharded_weights_are_exact_and_undone():
         assert result.same_attributes
         assert result.hooks == 0
         assert result.same_weights
+
+
+def fused_and_sharded(mesh):
+    with torch.inference_mode(False):  # as models are loaded
+        unet = tiny_unet()
+    expected = call(unet, 16, 16)
+    fuse.choose_kernels(unet, "fused")
+    memory.apply(unet, MemoryOptions(sharded_weights=True), mesh)
+    errors = [error(call(unet, 16, 16), expected)]
+    memory.remove(unet)
+    return max(*errors, error(call(unet, 16, 16), expected))
+
+
+def test_sharded_weights_of_a_fused_network():
+    """Its convolutions' weights lie channels last, as FSDP2 takes none."""
+    assert max(run_ranks(2, fused_and_sharded)) < 1e-10
 
 
 def sharded_pipelines(mesh, names):

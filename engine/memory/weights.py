@@ -97,6 +97,8 @@ def shard(unet: nn.Module, mesh: Mesh) -> None:
         base = type(unet)
         attributes = {"__module__": base.__module__, "__doc__": base.__doc__}
         unet.__class__ = type(base.__name__, (ShardedUNet, base), attributes)
+        for weight in unet.parameters():  # FSDP2 takes none that lie channels last (engine.fuse)
+            weight.data = weight.data.contiguous()
         for block in (*blocks, unet):
             # The UNet's own are freed too: by default FSDP2 keeps the outermost module's.
             fully_shard(block, mesh=devices, reshard_after_forward=True, ignored_params=loras)
