@@ -459,7 +459,7 @@ class Engine:
             "mesh": facts.get("mesh", {}) | _chosen(settings.mesh, {"image"}),
             # What saves memory, or time, computes in another order, which rounds otherwise.
             "memory": _chosen(settings.memory, {"limit_gb"}),
-            **({} if self._kernels == "plain" else {"kernels": self._kernels}),
+            **({} if settings.kernels == "auto" else {"kernels": settings.kernels}),
             "file": _chosen(settings.file),
         }
 
@@ -476,6 +476,7 @@ class Engine:
         return {
             "ranks": self.mesh.size,
             "device": self.mesh.device.type,
+            "kernels": self._kernels,
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
             "seams": None if seams is None else asdict(seams),
         }
