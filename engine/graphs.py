@@ -7,11 +7,13 @@ A forward of SD-1.5 launches some 1000 kernels, one of SDXL 3000 and more, and a
 to launch them than a GPU to run them wherever a picture is small: on an H200 with a slow host SDXL
 took 189 ms a step at 1024x512 px, and 35 ms recorded.
 
-The first call with arguments of some shapes is an ordinary one, by which libraries choose their
-kernels and kernels are compiled; the second is recorded, and it and all that follow are replayed:
-arguments are copied to where the recording reads them, and the result from where it writes. It is
-the same to the bit. Another shape, another dilation, another exchange is another recording; all of
-them share their memory, which is given back at the end.
+The first two calls with arguments of some shapes are ordinary ones, by which libraries choose their
+kernels and kernels are compiled (two, since guidance in turn asks for both of its sides before a
+dilated network is asked for the first time, which had better not find memory taken); the third is
+recorded, and it and all that follow are replayed: arguments are copied to where the recording reads
+them, and the result from where it writes. It is the same to the bit. Another shape, another
+dilation, another exchange is another recording; all of them share their memory, which is given back
+at the end.
 
 Over bands, what travels between ranks is recorded too, with NCCL. What needs a number from another
 rank on the host (softmax attention's lengths, a dilated convolution's wide halo, FreeU, masks of an
@@ -21,6 +23,7 @@ whatever fails to be recorded, for want of memory say.
 
 import inspect
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -43,7 +46,7 @@ logger = logging.getLogger(__name__)
 LARGEST = 2**18
 """rows times columns of a latent beyond which a GPU is busy for longer than a host takes to launch,
 and its memory is better not held: that of a recording cannot be used for anything else"""
-FEWEST = 4
+FEWEST = 6
 """calls of a UNet below which it does not pay to record one"""
 
 
@@ -124,19 +127,18 @@ class Recordings:
 
     def __init__(self, bands: bool) -> None:
         self.bands = bands
-        self._recorded: dict[Any, Recording | str | None] = {}
+        self._recorded: dict[Any, Recording | str] = {}
+        self._calls: Counter[Any] = Counter()
         self._pool: Any = None
 
     def call(self, forward: Any, call: dict[str, Any], state: tuple[Any, ...]) -> Any:
-        """forward(**call), the third and later times by replaying what the second has recorded."""
+        """forward(**call), the third and later times by replaying what is recorded then."""
         leaves, shape = tree_flatten(call)
         key = (*state, shape, *map(_kind, leaves))
-        if key not in self._recorded:
-            self._recorded[key] = None
-            return forward(**call)
-        if self._recorded[key] is None:
+        self._calls[key] += 1
+        if self._calls[key] == 3:
             self._recorded[key] = self._record(forward, leaves, shape)
-        recording = self._recorded[key]
+        recording = self._recorded.get(key)
         return recording.replay(leaves) if isinstance(recording, Recording) else forward(**call)
 
     def _record(self, forward: Any, leaves: list[Any], shape: Any) -> "Recording | str":
