@@ -90,10 +90,10 @@ def choose_kernels(network: nn.Module, kernels: str) -> None:
 
 
 def kernels_for(kernels: str, device: torch.device, dtype: torch.dtype) -> str:
-    """What `kernels` comes to where it is "auto": "fused" on a GPU with Triton, if they take it."""
+    """What `kernels` comes to where it is "auto": "fused" on a GPU that runs them."""
     if kernels != "auto":
         return kernels
-    can = device.type == "cuda" and fused.is_available(device) and dtype in fused.DTYPES
+    can = device.type == "cuda" and dtype in fused.DTYPES and fused.runs(device)
     return "fused" if can else "plain"
 
 
@@ -101,7 +101,7 @@ def require_kernels(kernels: str, device: torch.device) -> None:
     """Refuse kernels that `device` does not run.
 
     Raises:
-        UserError: it is no GPU, or Triton is not installed.
+        UserError: it is no GPU, or too old a one, or Triton is not installed.
     """
     if kernels != "fused" or fused.is_available(device):
         return
@@ -109,6 +109,10 @@ def require_kernels(kernels: str, device: torch.device) -> None:
         raise UserError(
             "kernels fused are for GPUs, and this job computes on the CPU: leave kernels out, or "
             "paint on a GPU"
+        )
+    if fused.is_installed():
+        raise UserError(
+            "kernels fused are for GPUs from Ampere on, and this one is older: leave kernels out"
         )
     raise UserError(
         "kernels fused are written in Triton, which is not installed: install the triton that "

@@ -89,15 +89,41 @@ def test_where_no_fused_kernel_would_compute_they_are_refused():
         Settings.load(["--kernels", "fused", "--dtype", "float64"])
 
 
-def test_auto_is_fused_where_there_are_kernels(monkeypatch):
+def test_an_old_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(fused, "is_available", lambda device: False)
+    monkeypatch.setattr(fused, "is_installed", lambda: True)
+    with pytest.raises(UserError, match="from Ampere on, and this one is older: leave kernels"):
+        fuse.require_kernels("fused", torch.device("cuda"))
+
+
+def test_auto_is_fused_where_the_kernels_run(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(fused, "is_available", lambda device: device.type == "cuda")
+    monkeypatch.setattr(fused, "runs", lambda device: device.type == "cuda")
     assert fuse.kernels_for("auto", gpu, torch.float16) == "fused"
     assert fuse.kernels_for("auto", gpu, torch.float64) == "plain"
     assert fuse.kernels_for("auto", cpu, torch.float32) == "plain"
     assert fuse.kernels_for("plain", gpu, torch.float16) == "plain"
-    monkeypatch.setattr(fused, "is_available", lambda device: False)
+    monkeypatch.setattr(fused, "runs", lambda device: False)
     assert fuse.kernels_for("auto", gpu, torch.float16) == "plain"
+
+
+def test_kernels_that_fail_when_tried_are_not_taken(monkeypatch, caplog):
+    def fails(key, value):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify")
+
+    device = torch.device("cpu", 0)
+    monkeypatch.setattr(fused, "is_available", lambda device: True)
+    monkeypatch.setattr(fused, "fused_state", fails)
+    fused.runs.cache_clear()
+    assert not fused.runs(device)
+    assert not fused.runs(device)
+    assert [record.message for record in caplog.records] == [
+        "kernels are plain, since fused ones do not run here: Failed to find C compiler."
+    ]
+    monkeypatch.setattr(fused, "fused_state", lambda key, value: key)
+    fused.runs.cache_clear()
+    assert fused.runs(device)
+    fused.runs.cache_clear()
 
 
 def test_kernels_do_not_determine_the_picture_but_for_rounding():

@@ -29,6 +29,7 @@ level, padded to 64) 2.6 and 2.7, of 80 3.6 and 4.5, of 160 10 and 8. The last t
 and a sixteenth of the tokens; all together are 6 % of a forward of SD-1.5, and 4 % of one of SDXL.
 """
 
+import logging
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -38,6 +39,8 @@ import torch
 from torch import Tensor
 
 from engine.kernels.formula import NORMALISER_EPS
+
+logger = logging.getLogger(__name__)
 
 MOST_WIDE = 160
 """what a head may measure: a state of more does not stay in registers"""
@@ -70,6 +73,23 @@ def is_available(device: torch.device) -> bool:
 @cache  # it is asked for every layer, and torch asks the driver
 def _is_recent(device: torch.device) -> bool:
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
+def runs(device: torch.device) -> bool:
+    """Whether a kernel really runs there, by trying: Triton builds its launchers by a C compiler,
+    which a container may lack.
+    """
+    if not is_available(device):
+        return False
+    x = torch.zeros(1, 1, 16, 16, device=device)
+    try:
+        fused_state(x, x)
+    except Exception as error:  # Triton's, a compiler's, the driver's
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        logger.warning("kernels are plain, since fused ones do not run here: %s", reason)
+        return False
+    return True
 
 
 def can_compute(x: Tensor, width: int) -> bool:
