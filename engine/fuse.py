@@ -83,10 +83,10 @@ def choose_kernels(network: nn.Module, kernels: str) -> None:
         if swapped := swaps.get(type(module)):
             module.__class__, changed = swapped, True
     layout = torch.channels_last if kernels == "fused" else torch.contiguous_format
-    with torch.inference_mode(False):  # sharded weights (`engine.memory`) would not move under it
-        for parameter in network.parameters() if changed else ():  # else they lie as they did
-            if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=layout)
+    for weight in network.parameters() if changed else ():  # else they lie as the user likes
+        if weight.ndim == 4:
+            with torch.inference_mode(weight.is_inference()):  # of the same kind as before
+                weight.data = weight.data.contiguous(memory_format=layout)
 
 
 def kernels_for(kernels: str, device: torch.device, dtype: torch.dtype) -> str:

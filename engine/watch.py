@@ -205,7 +205,7 @@ class Watch:
         """What is wrong with the job, if anything is, taking silence of that long for the end."""
         now = time.monotonic()
         if now - self._answered > silent_s:
-            gone = self._last[0]  # whose store it is
+            gone = self._late(silent_s) or self._last[0]  # whose store it is
             return None if gone.ended else _stopped(gone)
         running = [beat for beat in self._last.values() if not beat.ended]
         for beat in running:
@@ -218,10 +218,22 @@ class Watch:
             return f"{last} has not moved for {last.quiet_s:.0f} s while: {last.doing}"
         return None
 
+    def _late(self, silent_s: float) -> Beat | None:
+        """Who had been silent for most of that time when the store last answered: the first rank
+        has seen so too, said so, and ended, and with it the store. Not for times of a few beats.
+        """
+        if silent_s < DEAD_S:
+            return None
+        running = (beat for beat in self._last.values() if not beat.ended)
+        late = (b for b in running if self._answered - self._heard[b.rank] > silent_s / 2)
+        return next(late, None)
+
     def _speaks(self, silent_s: float) -> bool:
         """Whether this is the first rank that is alive, of all or of those that it can hear."""
         now = time.monotonic()
         if now - self._answered > silent_s:
+            if self._late(silent_s) is not None:
+                return False
             # Nothing is heard of others, and those on other hosts may be as good as gone: each host
             # has a word in its own log.
             here = [rank for rank, beat in self._last.items() if beat.host == self._host]

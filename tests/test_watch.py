@@ -5,12 +5,13 @@ import signal
 import threading
 import time
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 
 from engine import watch
 from engine.bands import open_mesh
-from engine.watch import LostRank, Watch, watching
+from engine.watch import Beat, LostRank, Watch, watching
 from tests.ranks import run_ranks, started_ranks
 
 
@@ -87,6 +88,33 @@ def wait_and_tell(mesh, folder, victim, how):
     while not said:
         time.sleep(0.05)
     tell_and_end(folder, mesh, said[0])
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+
+def test_a_first_rank_that_has_spoken_and_ended_is_not_taken_for_the_culprit(monkeypatch):
+    """This rank, which comes second, was about to notice the third one's silence too."""
+    clock = Clock()
+    monkeypatch.setattr(watch, "time", clock)
+    over = Watch.__new__(Watch)
+    over._mesh, over._host, over._stall_s = SimpleNamespace(rank=1), "here", 1e9
+    over._last = {rank: Beat(rank, "here", "painting", 9, 0, False) for rank in range(3)}
+    over._answered = clock.now
+    over._heard = {0: clock.now, 1: clock.now, 2: clock.now - watch.DEAD_S + 1}
+    clock.now += watch.DEAD_S - 1
+    assert over._verdict(watch.DEAD_S) is None
+    clock.now += 2
+    assert over._verdict(watch.DEAD_S).startswith("rank 2 on host here has stopped")
+    assert not over._speaks(watch.DEAD_S)
+    over._heard[2] = over._answered
+    assert over._verdict(watch.DEAD_S).startswith("rank 0 on host here has stopped")
+    assert over._speaks(watch.DEAD_S)
 
 
 def die():
