@@ -48,7 +48,7 @@ def test_the_kernels_in_tritons_interpreter(file):
     assert "skipped" not in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_kernels_fit_into_smaller_gpus(tmp_path):
     """Compiled for A100 and RTX 30; tests/gpu.py runs them on what there is."""
     if not fused.is_installed():
