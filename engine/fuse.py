@@ -62,7 +62,8 @@ _PLAIN: Swaps = {
 def choose_kernels(network: nn.Module, kernels: str) -> None:
     """Let a UNet or a VAE compute by "plain" or by "fused" kernels, in place.
 
-    Before or after `engine.distribute`, before `engine.memory.apply`.
+    Before or after `engine.distribute`, before `engine.memory.apply`, and alike on every rank: what
+    fused residual blocks send to their neighbours is without biases.
 
     Raises:
         UserError: there are no such kernels, or settings that save memory have changed the layers.

@@ -142,7 +142,7 @@ class Recordings:
         return recording.replay(leaves) if isinstance(recording, Recording) else forward(**call)
 
     def _record(self, forward: Any, leaves: list[Any], shape: Any) -> "Recording | str":
-        """Or why there is none: the same on every rank, since all make the same calls."""
+        """Or why there is none. A forward sends the same, whether it is replayed or called."""
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
             return Recording.of(forward, leaves, shape, self._pool)

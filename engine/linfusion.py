@@ -33,7 +33,7 @@ from engine.bands import mean_over_bands
 from engine.config import UserError
 from engine.kernels import fused, streamed
 from engine.kernels.formula import apply_state, attention_state
-from engine.kernels.norms import can_layer_norm, has_kernels, layer_norm
+from engine.kernels.norms import can_layer_norm, layer_norm
 
 _WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
@@ -154,7 +154,7 @@ class FusedLinearAttention(LinearAttention):
         """As `engine.kernels.streamed` has it, all tokens at once: less is written and read."""
         if not (isinstance(mlp, nn.Sequential) and streamed.are_plain(mlp, linear)):
             return super()._project(tokens, mlp, linear)
-        if not (has_kernels(tokens) and tokens.is_contiguous()):
+        if not (fused.has_kernels(tokens) and tokens.is_contiguous()):
             return super()._project(tokens, mlp, linear)
         first, norm, leaky, last = streamed.parts_of(mlp)
         flat = tokens.flatten(0, 1)

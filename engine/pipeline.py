@@ -120,7 +120,9 @@ class Engine:
         self.traffic = layout.traffic
         pipe.set_progress_bar_config(disable=True)
         if settings is not None:
-            self._kernels = kernels_for(settings.kernels, mesh.device, pipe.unet.dtype)
+            # All alike: what fused blocks send to other ranks is without biases.
+            kernels = kernels_for(settings.kernels, mesh.device, pipe.unet.dtype)
+            self._kernels = "plain" if mesh.any(kernels == "plain") else kernels
             for network in (pipe.unet, pipe.vae):
                 choose_kernels(network, self._kernels)
             memory.apply(pipe.unet, memory_options(settings), mesh)

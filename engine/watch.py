@@ -219,13 +219,13 @@ class Watch:
         return None
 
     def _late(self, silent_s: float) -> Beat | None:
-        """Who had been silent for most of that time when the store last answered: the first rank
+        """Who had been silent for nearly that time when the store last answered: the first rank
         has seen so too, said so, and ended, and with it the store. Not for times of a few beats.
         """
         if silent_s < DEAD_S:
             return None
         running = (beat for beat in self._last.values() if not beat.ended)
-        late = (b for b in running if self._answered - self._heard[b.rank] > silent_s / 2)
+        late = (b for b in running if self._answered - self._heard[b.rank] > silent_s - GONE_S)
         return next(late, None)
 
     def _speaks(self, silent_s: float) -> bool:

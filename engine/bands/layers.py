@@ -28,6 +28,7 @@ from engine.bands.rows import halo_rows
 from engine.config import UserError
 from engine.kernels import norms
 from engine.kernels.convolution import convolve_by_rows, convolve_doubled
+from engine.kernels.fused import has_kernels
 from engine.kernels.layout import has_hooks, layout_of
 
 
@@ -234,7 +235,7 @@ def can_fuse(norm: nn.GroupNorm, x: Tensor) -> bool:
     """Whether a kernel does what this norm does to [B, C, h, W]."""
     whole = (norm.weight is None) == (norm.bias is None)
     chosen = isinstance(norm, FusedGroupNorm) and not has_hooks(norm)
-    return chosen and whole and x.ndim == 4 and norms.has_kernels(x)
+    return chosen and whole and x.ndim == 4 and has_kernels(x)
 
 
 # These compute the same function, by slices or by another kernel; bands do it their own way.

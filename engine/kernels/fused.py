@@ -21,12 +21,12 @@ These figures are by the same arithmetic in torch; tests/gpu.py holds a GPU to t
 products are of three of TF32 each, 1e-7 on an H200.
 
 Tiles are what is fastest on an H200 of what was tried, or where a GPU has less shared memory, what
-fits; tests/test_fused.py compiles them for A100, RTX 30 and H100.
+fits; tests/test_fused.py compiles them for A100 and RTX 30.
 
 How far from memory's own pace (one read of k and v; one read of q and a write), on an H200 in half
 precision, 1 million tokens: heads of 64 (SDXL) 1.5 and 1.7 times as long, of 40 (SD-1.5's first
 level, padded to 64) 2.6 and 2.7, of 80 3.6 and 4.5, of 160 10 and 8. The last two are of a fourth
-and a sixteenth of the tokens; all together are 6 % of a forward of SD-1.5, and 4 % of one of SDXL.
+and a sixteenth of the tokens; all together are 5 % of a forward of SD-1.5, and 4 % of one of SDXL.
 """
 
 import logging
@@ -90,6 +90,11 @@ def runs(device: torch.device) -> bool:
         logger.warning("kernels are plain, since fused ones do not run here: %s", reason)
         return False
     return True
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether there are any for the numbers of `x`, however they lie, in inference."""
+    return not torch.is_grad_enabled() and x.dtype in DTYPES and is_available(x.device)
 
 
 def can_compute(x: Tensor, width: int) -> bool:
@@ -182,11 +187,8 @@ def fused_state(key: Tensor, value: Tensor) -> Tensor:
     batch, heads, tokens, width = key.shape
     assert key.shape == value.shape
     assert key.dtype == value.dtype
-    tiles, of_program, pairs = (
-        tiles_of_state(width, key.dtype, shared_memory(key.device)),
-        tokens_of_state(tokens),
-        batch * heads,
-    )
+    tiles = tiles_of_state(width, key.dtype, shared_memory(key.device))
+    of_program, pairs = tokens_of_state(tokens), batch * heads
     splits, blocks = -(-tokens // of_program), -(-width // tiles.columns)
     partials = key.new_empty(splits, batch, heads, width, width + 1, dtype=torch.float32)
     unit = _unit(key, value)

@@ -29,7 +29,7 @@ def join_rows(pieces: Sequence[Tensor], like: Tensor) -> Tensor:
     """[B, C, h_i, W] one below the other, in the layout of `like`.
 
     Where layouts differ, torch would join them in the default one; and where all of them lie side
-    by side, it is ten times as fast if they are shown to it as [B, h_i, W, C].
+    by side, it is many times as fast if they are shown to it as [B, h_i, W, C].
     """
     pieces = [piece for piece in pieces if piece.shape[2]] or [pieces[0]]
     planes = torch.contiguous_format

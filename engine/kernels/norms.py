@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.kernels.fused import DTYPES, is_available
+from engine.kernels.fused import has_kernels
 
 _ROWS, _COLUMNS = 64, 64  # of a tile: 64 channels are 128 bytes in half precision
 _MOST_CHANNELS = 4096  # of a token, which a layer norm holds in registers
@@ -38,11 +38,6 @@ class FusedLayerNorm(nn.LayerNorm):
 def can_compute(*pictures: Tensor) -> bool:
     """Whether there are kernels for these [B, C, h, W], in inference."""
     return all(has_kernels(x) and is_by_tokens(x) for x in pictures)
-
-
-def has_kernels(x: Tensor) -> bool:
-    """Whether there are any for the numbers of `x`, however they lie, in inference."""
-    return not torch.is_grad_enabled() and x.dtype in DTYPES and is_available(x.device)
 
 
 def is_by_tokens(x: Tensor) -> bool:

@@ -15,7 +15,7 @@ from diffusers.models.activations import GEGLU
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.kernels.fused import DTYPES, is_available
+from engine.kernels.fused import has_kernels
 
 # Numbers of one program, by arithmetic: 8 a thread are 16 bytes in half precision.
 _BLOCK = 1024
@@ -30,11 +30,6 @@ class FusedGEGLU(GEGLU):  # type: ignore[misc]
         return geglu(self.proj(hidden_states))
 
 
-def _computes(x: Tensor) -> bool:
-    """Whether there is a kernel for tensors like `x`, in inference."""
-    return not torch.is_grad_enabled() and x.dtype in DTYPES and is_available(x.device)
-
-
 # --- gated linear units ---------------------------------------------------------------------------
 
 
@@ -46,7 +41,7 @@ def plain_geglu(projected: Tensor, in_place: bool = False) -> Tensor:
 
 def can_geglu(projected: Tensor) -> bool:
     """Whether there is a kernel for `projected`, [..., 2 * inner] in one piece."""
-    return _computes(projected) and projected.is_contiguous()
+    return has_kernels(projected) and projected.is_contiguous()
 
 
 def geglu(projected: Tensor, in_place: bool = False) -> Tensor:
@@ -83,7 +78,7 @@ def can_add(x: Tensor, y: Tensor) -> bool:
     """Whether there is a kernel for these [B, C, h, W], both channels last in one piece."""
     alike = x.shape == y.shape and x.dtype == y.dtype
     lasting = all(z.is_contiguous(memory_format=torch.channels_last) for z in (x, y))
-    return alike and lasting and _computes(x) and x.numel() > 0
+    return alike and lasting and has_kernels(x) and x.numel() > 0
 
 
 def add(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
