@@ -6,10 +6,9 @@
 
 The published recipes (configs/sd15_16k.yaml, sdxl_16k.yaml) from the prompt to the last row of
 pixels: what a picture takes does not depend on what the weights have learnt, so nothing is
-downloaded. Text encoders, UNet and VAE have the sizes of the published ones, the tokenizer is the
-demo's. Printed are seconds of each part, as `benchmarks.end_to_end` has them, and the GPU's memory
-at the peak. What is painted is noise, which takes longer to write than a picture: the aims are for
-the painting alone.
+downloaded. UNet and VAE have the shapes of the published ones, the tokenizer is the demo's. Printed
+are seconds of each part, as `benchmarks.end_to_end` has them, and the GPU's memory at the peak. What
+is painted is noise, which takes longer to write than a picture: the aims are for the painting alone.
 
 By torchrun it is several ranks' picture, and rank 0 prints.
 """
@@ -22,30 +21,15 @@ from typing import Any
 
 import torch
 import yaml
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from torch import nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-)
+from diffusers import DiffusionPipeline
 
 from benchmarks import common
 from benchmarks.common import COLOURS, GB, MB, Aim, Noise
 from benchmarks.end_to_end import Stopwatch
-from benchmarks.networks import MODELS
+from benchmarks.peers import models
 from engine import linfusion, memory
 from engine.bands import is_first_process, open_mesh
 from engine.config import Settings
-from engine.demo import WEIGHTS
 from engine.fuse import choose_kernels, kernels_for
 from engine.keeper import Control
 from engine.loading import load
@@ -88,74 +72,14 @@ def build(model: str, device: torch.device, dtype: torch.dtype) -> DiffusionPipe
     torch.set_default_dtype(dtype)
     try:
         with device:
-            return _sdxl() if model == "SDXL" else _sd15()
+            pipe = models.build(model)
+            linfusion.convert(pipe.unet)
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-def _sd15() -> DiffusionPipeline:
-    unet = UNet2DConditionModel(**MODELS["SD-1.5"], sample_size=64)
-    return StableDiffusionPipeline(
-        vae=_vae(), text_encoder=_finished(CLIPTextModel(_clip(768, 12, 12))), unet=_linear(unet),
-        tokenizer=_tokenizer(), scheduler=_scheduler(), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-
-
-def _sdxl() -> DiffusionPipeline:
-    sizes = {
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-        "sample_size": 128,
-    }
-    unet = UNet2DConditionModel(**MODELS["SDXL"], **sizes)
-    second = CLIPTextModelWithProjection(_clip(1280, 32, 20, projection_dim=1280))
-    return StableDiffusionXLPipeline(
-        vae=_vae(scaling_factor=0.13025), text_encoder=_finished(CLIPTextModel(_clip(768, 12, 12))),
-        text_encoder_2=_finished(second), tokenizer=_tokenizer(), tokenizer_2=_tokenizer(),
-        unet=_linear(unet), scheduler=_scheduler(), add_watermarker=False,
-    )  # fmt: skip
-
-
-def _clip(width: int, layers: int, heads: int, **options: Any) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-        num_attention_heads=heads, **options,
-    )  # fmt: skip
-
-
-def _vae(**options: Any) -> AutoencoderKL:
-    return _finished(
-        AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=1024,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-            **options,
-        )
-    )  # fmt: skip
-
-
-def _linear(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    linfusion.convert(unet)
-    return _finished(unet)
-
-
-def _finished(network: nn.Module) -> Any:
-    return network.eval().requires_grad_(False)
-
-
-def _tokenizer() -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer", model_max_length=77)
-
-
-def _scheduler() -> DDIMScheduler:
-    return DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        clip_sample=False,
-        steps_offset=1,
-    )
+    pipe.vae.register_to_config(force_upcast=True)  # as the published ones
+    for part in (pipe.unet, pipe.vae):
+        part.eval().requires_grad_(False)
+    return pipe
 
 
 # --- measuring ------------------------------------------------------------------------------------

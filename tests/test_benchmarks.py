@@ -501,9 +501,8 @@ def test_the_headlines_models_have_the_published_shapes():
 
     for model, expected in {"SD-1.5": 859.5, "SDXL": 2567.5}.items():
         pipe = headline.build(model, torch.device("meta"), torch.float16)
-        parts = [pipe.unet, pipe.vae, pipe.text_encoder]
-        found = [round(millions(part) / 1e6, 1) for part in parts]
-        assert found == [expected, 83.7, 123.1]
+        found = [round(millions(part) / 1e6, 1) for part in (pipe.unet, pipe.vae)]
+        assert found == [expected, 83.7]
 
 
 @pytest.mark.parametrize("name", list(report.RUNS))

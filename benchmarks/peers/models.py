@@ -42,11 +42,16 @@ def write(model: str, folder: Path, dtype: torch.dtype) -> None:
     """The pipeline with softmax attention, and LinFusion modules beside it."""
     logging.set_verbosity_error()
     torch.manual_seed(0)
-    pipe = _sdxl(model) if "SDXL" in model else _sd(model)
+    pipe = build(model)
     _give_contrast(pipe)
     pipe.to(dtype).save_pretrained(folder)
     linfusion.convert(pipe.unet)
     linfusion.save(pipe.unet, folder / "linfusion")
+
+
+def build(model: str) -> DiffusionPipeline:
+    """The pipeline with softmax attention, on the current device and in the current dtype."""
+    return _sdxl(model) if "SDXL" in model else _sd(model)
 
 
 def _sd(model: str) -> DiffusionPipeline:
@@ -116,7 +121,7 @@ def _text_encoder(kind: type[nn.Module], width: int, layers: int) -> Any:
 
 
 def _tokenizer() -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer")
+    return CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer", model_max_length=77)
 
 
 def _scheduler() -> DDIMScheduler:
