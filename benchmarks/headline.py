@@ -7,8 +7,8 @@
 The published recipes (configs/sd15_16k.yaml, sdxl_16k.yaml) from the prompt to the last row of
 pixels: what a picture takes does not depend on what the weights have learnt, so nothing is
 downloaded. UNet and VAE have the shapes of the published ones, the tokenizer is the demo's. Printed
-are seconds of each part, as `benchmarks.end_to_end` has them, and the GPU's memory at the peak. What
-is painted is noise, which takes longer to write than a picture: the aims are for the painting alone.
+are seconds of each part, as `benchmarks.end_to_end` has them, and the GPU's memory at the peak.
+What is painted is noise, which takes longer to write: the aims are for the painting alone.
 
 By torchrun it is several ranks' picture, and rank 0 prints.
 """
