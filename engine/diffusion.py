@@ -5,8 +5,8 @@
     prediction = model(model.scaled(state, t), t)     [1, C, H, W] -> [1, C, H, W]
     latent = model.step(state, prediction, t)
 
-It does what the call of a diffusers pipeline does, in the same order and to the bit, but step by
-step, so that a strategy may look at a prediction, ask twice, or be interrupted in between.
+It does what the call of a diffusers pipeline does, in the same order and in fp32 to the bit, but
+step by step, so that a strategy may look at a prediction, ask twice, or be interrupted in between.
 """
 
 import inspect
@@ -169,11 +169,16 @@ class Denoiser:
         return embedding.to(device=sample.device, dtype=sample.dtype)
 
     def step(self, state: Schedule, prediction: Tensor, t: Tensor) -> Tensor:
-        """The latent of `state` one step less noisy."""
+        """The latent of `state` one step less noisy.
+
+        Never in half precision: samplers with noise of their own draw it as they get the
+        prediction, and torch up to 2.11 draws other, coarser noise there (`engine.ladder`).
+        """
         known = inspect.signature(state.scheduler.step).parameters
         options = {"generator": state.generator} if "generator" in known else {}
+        wide = torch.promote_types(prediction.dtype, torch.float32)
         stepped: Tensor = state.scheduler.step(
-            prediction, t, state.latent, **options, return_dict=False
+            prediction.to(wide), t, state.latent.to(wide), **options, return_dict=False
         )[0]
         return stepped.to(state.latent.dtype)
 

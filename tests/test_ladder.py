@@ -21,6 +21,7 @@ from diffusers import (
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import ladder
 from engine.bands import open_mesh
@@ -188,6 +189,36 @@ def test_a_rung_of_sdedit_is_img2img_of_diffusers(family, scheduler):
         guidance_scale=3.0, generator=torch.Generator().manual_seed(5), output_type="latent",
     ).images  # fmt: skip
     torch.testing.assert_close(state.latent, expected, rtol=0, atol=1e-12)
+
+
+class Drawn(TorchDispatchMode):
+    """Notes in which dtypes noise is drawn."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if "randn" in str(function) or "normal" in str(function):
+            self.dtypes.append(result.dtype)
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_noise_is_never_drawn_in_half_precision(dtype):
+    """There torch draws other noise, or did (2.11), of which fp16 would paint another picture."""
+    pipe = families.sd15().to(dtype)
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    rung, generator = Rung(1, 64, 96, 4, 0.5, 3.0), torch.Generator().manual_seed(5)
+    reference = reference_of(64, 96).to(dtype)
+    with Drawn() as drawn:
+        base = begin_base(rung, pipe.scheduler, generator, reference, 4)
+        state = begin_rung(rung, pipe.scheduler, reference, generator, None)
+        climb(denoiser(pipe), state, rung, no_options(strategy="sdedit"), nothing)
+    assert base.latent.dtype == state.latent.dtype == dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    assert drawn.dtypes == [wide] * 4  # base and rung, and two steps
 
 
 def _extras(family):
