@@ -147,6 +147,17 @@ def test_a_fused_unet_is_the_plain_one(options):
 
 
 @pytest.mark.parametrize("kernels", ["plain", "fused"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-2), (torch.bfloat16, 5e-2)])
+def test_a_unet_in_half_precision(kernels, dtype, tolerance):
+    samples, text = calls(dtype)
+    exact = run(tiny_unet().to(CUDA), [x.double() for x in samples], text.double())
+    unet = tiny_unet(dtype=dtype).to(CUDA)
+    fuse.choose_kernels(unet, kernels)
+    for ours, expected in zip(run(unet, samples, text), exact, strict=True):
+        assert relative_error(ours, expected) < tolerance
+
+
+@pytest.mark.parametrize("kernels", ["plain", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_recorded_forwards_are_the_same_to_the_bit(kernels, dtype):
     samples, text = calls(dtype)
@@ -219,7 +230,7 @@ def over_gloo(mesh, kernels):
 def test_bands_over_gloo(kernels):
     samples, text = calls(torch.float32)
     exact = run(tiny_unet().to(CUDA), [x.double() for x in samples], text.double())
-    for results in run_ranks(2, over_gloo, kernels):
+    for results in run_ranks(2, over_gloo, kernels, start="spawn"):
         for ours, expected in zip(results, exact, strict=True):
             assert relative_error(torch.from_numpy(ours), expected.cpu()) < 1e-5
 

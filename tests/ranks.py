@@ -19,35 +19,40 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 480.0  # of one group of ranks; the longest takes a quarter of it on two busy cores
 
-_context = mp.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "diffusers", "tests.families"])
+mp.set_forkserver_preload(["torch", "diffusers", "tests.families"])
 
 
-def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run_ranks(
+    size: int, function: Callable[..., Any], *args: Any, start: str = "forkserver"
+) -> list[Any]:
     """`function(mesh, *args)` on `size` ranks; their results in rank order.
+
+    Args:
+        start: how multiprocessing starts them; "spawn" where ranks take a GPU, since no fork may.
 
     Raises:
         AssertionError: a rank raised (its traceback is the message), died, or all were too late.
     """
-    with started_ranks(size, function, *args) as (_, receivers):
+    with started_ranks(size, function, *args, start=start) as (_, receivers):
         return _collect(receivers)
 
 
 @contextlib.contextmanager
 def started_ranks(
-    size: int, function: Callable[..., Any], *args: Any
-) -> Iterator[tuple[list[ForkServerProcess], list[Connection]]]:
+    size: int, function: Callable[..., Any], *args: Any, start: str = "forkserver"
+) -> Iterator[tuple[list[BaseProcess], list[Connection]]]:
     """The processes and what they send, for tests that do something to them; killed at the end."""
+    context: Any = mp.get_context(start)
     with tempfile.TemporaryDirectory() as folder:
-        pipes = [_context.Pipe(duplex=False) for _ in range(size)]
+        pipes = [context.Pipe(duplex=False) for _ in range(size)]
         ranks = [
-            _context.Process(
+            context.Process(
                 target=_rank_main,
                 args=(rank, size, Path(folder) / "store", sender, function, args),
                 daemon=True,
