@@ -108,6 +108,14 @@ def test_pointwise(dtype):
     bias, exact = noise(70, dtype=dtype), x.double() + y.double()
     exact += bias.double()[:, None, None]
     assert relative_error(pointwise.add(x, y, bias), exact) < TOLERANCES[dtype]
+    wide = last(noise(2, 320, 40, 31, dtype=dtype))
+    y, bias = wide[:, :, 1:, :-1], noise(320, dtype=dtype)
+    out = torch.zeros_like(last(noise(2, 320, 78, 60, dtype=dtype)))
+    pointwise.put(out[:, :, ::2, 1::2], y, bias)
+    exact = y.double() + bias.double()[:, None, None]
+    assert relative_error(out[:, :, ::2, 1::2], exact) < TOLERANCES[dtype]
+    assert (out[:, :, 1::2] == 0).all()
+    assert (out[:, :, :, ::2] == 0).all()
     projected = noise(2, 1000, 2560, dtype=dtype)
     exact = pointwise.plain_geglu(projected.double())
     assert relative_error(pointwise.geglu(projected), exact) < TOLERANCES[dtype]

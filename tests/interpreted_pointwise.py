@@ -72,7 +72,7 @@ def assert_rounded(result, expected):
 
 KERNELS = {
     norms: ("channel_moments", "group_norm", "layer_norm"),
-    pointwise: ("geglu", "add"),
+    pointwise: ("geglu", "add", "put"),
 }
 
 
@@ -200,6 +200,21 @@ def test_add_computes_the_formula(biased, dtype):
     assert pointwise.add(x, y, bias) is x
     assert_rounded(x, expected)
     assert torch.equal(pointwise.add(x[:, :, 1:], y[:, :, 1:]), x[:, :, 1:] + y[:, :, 1:])
+
+
+@DTYPES
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("channels", [3, 48, 1100])
+def test_put_writes_between_the_pixels_of_others(channels, biased, dtype):
+    y = last(noise(2, channels, 6, 8, dtype=dtype))[:, :, 1:, :-1]
+    bias = noise(channels, dtype=dtype) if biased else None
+    out = last(torch.full((2, channels, 10, 14), 7.0, dtype=dtype))
+    assert pointwise.can_put(out[:, :, 1::2, ::2], y)
+    pointwise.put(out[:, :, 1::2, ::2], y, bias)
+    expected = y.float() if bias is None else y.float() + bias.float()[:, None, None]
+    assert_rounded(out[:, :, 1::2, ::2], expected)
+    for row, column in ((0, 0), (0, 1), (1, 1)):
+        assert (out[:, :, row::2, column::2] == 7).all()
 
 
 @DTYPES

@@ -165,13 +165,14 @@ class Exchange(ABC):
         dtype = torch.promote_types(parts[0].dtype, torch.float32)
         return mean.to(dtype), torch.maximum(variance, own_share).clamp(min=0).to(dtype)
 
-    def delay(self, layer: object, x: Tensor) -> Callable[[int], Tensor]:
+    def delay(self, layer: object, x: Tensor) -> Callable[[int], list[Tensor]]:
         """Hold `x` [B, C, h, W] until it is added to what the layer's convolutions make of it.
 
         Returns a function that is told the rows that they made and gives those of `x` which belong
-        to them: all of them, unless rows come in chunks (`engine.bands.stream`).
+        to them, piece by piece from the top: all of them, unless rows come in chunks
+        (`engine.bands.stream`).
         """
-        return lambda rows: x
+        return lambda rows: [x]
 
     def lengths(self, layer: object, own: int) -> list[int]:
         """Every band's `own`, in order from the top: how many tokens each has, say."""

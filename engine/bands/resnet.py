@@ -11,6 +11,8 @@ here, by the very statistics that their own rank has:
     all-reduce [count, sum, sum of squares]; then both are here
     room [B, C, h + 2, W] = SiLU(norm(rows above | x | rows below)), zeros where the picture ends
     convolution of the room
+
+In a stream (`engine.bands.stream`) the room begins with the rows that the chunk before has left.
 """
 
 from collections.abc import Callable
@@ -32,8 +34,9 @@ from engine.bands.layers import (
     normalise_and_activate,
     plain_convolution,
 )
+from engine.bands.stream import Stream
 from engine.kernels import pointwise
-from engine.kernels.layout import has_hooks, room_for
+from engine.kernels.layout import has_hooks, join_rows, room_for
 
 
 class BandResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
@@ -55,7 +58,8 @@ class BandResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
             hidden = hidden + self.time_emb_proj(active)[:, :, None, None]
         activate = self._activate if self._drops() else self.nonlinearity
         hidden = normalise_and_convolve(self.norm2, activate, self.conv2, hidden)
-        shortcut = around(hidden.shape[2])
+        pieces = around(hidden.shape[2])
+        shortcut = pieces[0] if len(pieces) == 1 else join_rows(pieces, like=hidden)
         if self.conv_shortcut is not None:
             shortcut = self.conv_shortcut(shortcut)
         return (shortcut + hidden) / self.output_scale_factor
@@ -80,7 +84,7 @@ class FusedResnetBlock2D(BandResnetBlock2D):
         if not self._is_plain():
             return super().forward(input_tensor, temb)
         exchange = current_exchange()
-        around = exchange.delay(self, input_tensor) if exchange else lambda rows: input_tensor
+        around = exchange.delay(self, input_tensor) if exchange else lambda rows: [input_tensor]
         silu = self.nonlinearity
         hidden = normalise_and_convolve(self.norm1, silu, self.conv1, input_tensor, biased=False)
         shift = None if self.conv1.bias is None else self.conv1.bias[None]
@@ -90,12 +94,26 @@ class FusedResnetBlock2D(BandResnetBlock2D):
         hidden = normalise_and_convolve(
             self.norm2, silu, self.conv2, hidden, shift=shift, biased=False
         )
-        shortcut, bias = around(hidden.shape[2]), self.conv2.bias
-        if self.conv_shortcut is not None:
-            shortcut, more = _without_bias(self.conv_shortcut, shortcut), self.conv_shortcut.bias
-            bias = more if bias is None else bias if more is None else bias + more
-        total = pointwise.add(hidden, shortcut, bias)
+        total = self._add_shortcut(hidden, around(hidden.shape[2]))
         return total if self.output_scale_factor == 1 else total / self.output_scale_factor
+
+    def _add_shortcut(self, hidden: Tensor, pieces: list[Tensor]) -> Tensor:
+        """`hidden` and what goes around the convolutions, of which `pieces` are rows from the top.
+
+        The biases of both convolutions, and of the shortcut's, are added here.
+        """
+        shortcut, bias = self.conv_shortcut, self.conv2.bias
+        if shortcut is not None and shortcut.bias is not None:
+            bias = shortcut.bias if bias is None else bias + shortcut.bias
+        around = pieces if shortcut is None else [_without_bias(shortcut, p) for p in pieces]
+        if len(around) == 1:
+            return pointwise.add(hidden, around[0], bias)
+        lengths = [piece.shape[2] for piece in around]
+        for rows, piece in zip(hidden.split(lengths, dim=2), around, strict=True):
+            total = pointwise.add(rows, piece, bias)
+            if total is not rows:
+                rows.copy_(total)
+        return hidden
 
     def _is_plain(self) -> bool:
         convolutions = (self.conv1, self.conv2, self.conv_shortcut)
@@ -128,10 +146,14 @@ def is_usual(block: ResnetBlock2D) -> bool:
 
 def asks_ahead(exchange: Exchange, norm: nn.Module, conv: nn.Module) -> bool:
     """Whether the rows for `conv` may come from before `norm`; the same answer on all ranks."""
+    return exchange.halo_ahead and can_join(norm, conv)
+
+
+def can_join(norm: nn.Module, conv: nn.Module) -> bool:
+    """Whether `norm` may write where `conv` reads, between the rows of its neighbours."""
     plain = plain_convolution(conv)
     return (
-        exchange.halo_ahead
-        and isinstance(norm, BandGroupNorm)
+        isinstance(norm, BandGroupNorm)
         and isinstance(plain, BandConv2d)
         and plain.halo_rows() == (1, 1)  # a dilated one reaches further
         and not has_hooks(norm)
@@ -160,9 +182,27 @@ def normalise_and_convolve(
     def convolve(rows: Tensor) -> Tensor:
         return conv(rows) if biased else _without_bias(conv, rows)  # type: ignore[arg-type]
 
-    if exchange is None or not asks_ahead(exchange, norm, conv):
+    if exchange is None or not can_join(norm, conv):
         return convolve(_normalise_and_activate(norm, activate, exchange, x, shift))
     x = by_tokens(norm, x)
+    if isinstance(exchange, Stream):
+        room = _room_in_stream(exchange, norm, activate, conv, x, shift)
+    else:
+        room = _room_on_bands(exchange, norm, activate, conv, x, shift)
+    with banded(Fetched(room)):
+        return convolve(room[:, :, 1:-1])
+
+
+def _room_on_bands(
+    exchange: Exchange,
+    norm: nn.GroupNorm,
+    activate: Callable[[Tensor], Tensor],
+    conv: nn.Module,
+    x: Tensor,
+    shift: Tensor | None,
+) -> Tensor:
+    """[B, C, h + 2, W]: activate(norm(x + shift)) between the rows of the neighbours."""
+    assert exchange.halo_ahead, "else rows are normalised before they travel"
     halo = exchange.halo_later(plain_convolution(conv), x, 1, 1, shared=True)
     mean, variance = exchange.statistics(norm, [x], norm.num_groups, shift)
     room = room_for(x, x.shape[2] + 2)
@@ -176,8 +216,25 @@ def normalise_and_convolve(
             row.zero_()
         else:
             fill(rows, row)
-    with banded(Fetched(room)):
-        return convolve(room[:, :, 1:-1])
+    return room
+
+
+def _room_in_stream(
+    exchange: Stream,
+    norm: nn.GroupNorm,
+    activate: Callable[[Tensor], Tensor],
+    conv: nn.Module,
+    x: Tensor,
+    shift: Tensor | None,
+) -> Tensor:
+    """The same below the rows that the stream has carried here from the chunk before."""
+    layer = plain_convolution(conv)
+    above = exchange.rows_carried(layer)
+    mean, variance = exchange.statistics(norm, [x], norm.num_groups, shift)
+    room = room_for(x, above + x.shape[2])
+    normalise_and_activate(norm, activate, x, mean, variance, room[:, :, above:], shift)
+    exchange.carry_into(layer, room)
+    return room
 
 
 def _normalise_and_activate(

@@ -130,30 +130,58 @@ class Stream(Alone):
         A convolution of extent e and stride s makes floor((available - e) / s) + 1 rows. It will
         need again all that comes behind the first s of each of them.
         """
-        batch, channels, count, width = x.shape
-        scale = self._scale(width)
-        rows, height = self._rows(layer, count, scale), self.course.height * scale
-        if rows.stop > height:
-            x[:, :, max(0, height - rows.start) :] = 0  # beyond the picture nothing is lost
+        self._end_picture(layer, x)
         over = self._carried.pop(layer, None)
         if over is None:
-            over = x.new_zeros(batch, channels, above, width)
-        available, stride = over.shape[2] + count, layer.stride[0]
-        outputs = max(0, (available - (above + below + stride)) // stride + 1)
-        self._carried[layer] = _last_rows([over, x], available - outputs * stride)
-        if not outputs:
-            raise Starved
-        halo = over, x.new_empty(batch, channels, 0, width)
+            over = x.new_zeros(*x.shape[:2], above, x.shape[3])
+        self._carry(layer, [over, x], above + below)
+        halo = over, x.new_empty(*x.shape[:2], 0, x.shape[3])
         return lambda: halo
 
-    def delay(self, layer: object, x: Tensor) -> Callable[[int], Tensor]:
+    def rows_carried(self, layer: object) -> int:
+        """Rows above the next chunk that a 3x3 convolution gets with it."""
+        carried = self._carried.get(layer)
+        return 1 if carried is None else carried.shape[2]
+
+    def carry_into(self, layer: Any, room: Tensor) -> None:
+        """What `halo` gives a 3x3 convolution, without a copy of the chunk.
+
+        Args:
+            room: [B, C, rows_carried + h, W], with the chunk at its end; the rows above it are
+                written.
+        """
+        above = self.rows_carried(layer)
+        self._end_picture(layer, room[:, :, above:])
+        over = self._carried.pop(layer, None)
+        if over is None:
+            room[:, :, :above].zero_()
+        else:
+            room[:, :, :above].copy_(over)
+        self._carry(layer, [room], 2)
+
+    def _end_picture(self, layer: object, x: Tensor) -> None:
+        """Take the next rows `x` for zeros where they lie below the picture."""
+        scale = self._scale(x.shape[3])
+        rows, height = self._rows(layer, x.shape[2], scale), self.course.height * scale
+        if rows.stop > height:
+            x[:, :, max(0, height - rows.start) :] = 0  # beyond the picture nothing is lost
+
+    def _carry(self, layer: Any, pieces: list[Tensor], halo: int) -> None:
+        """Keep what the convolution will need again of the rows that it can have now."""
+        available, stride = sum(piece.shape[2] for piece in pieces), layer.stride[0]
+        outputs = max(0, (available - (halo + stride)) // stride + 1)
+        self._carried[layer] = _last_rows(pieces, available - outputs * stride)
+        if not outputs:
+            raise Starved
+
+    def delay(self, layer: object, x: Tensor) -> Callable[[int], list[Tensor]]:
         """`x` queues behind the rows of the chunks before that have not been asked for yet."""
         queue = self._held[layer] = [*self._held.get(layer, []), x]
 
-        def take(rows: int) -> Tensor:
+        def take(rows: int) -> list[Tensor]:
             total = sum(piece.shape[2] for piece in queue)
             self._held[layer] = [_last_rows(queue, total - rows)]
-            return join_rows(queue, like=x)[:, :, :rows]
+            return _first_rows(queue, rows)
 
         return take
 
@@ -193,6 +221,16 @@ def _last_rows(pieces: list[Tensor], rows: int) -> Tensor:
         kept.insert(0, piece[:, :, piece.shape[2] - take :])
         rows -= take
     return join_rows(kept, like=pieces[-1])
+
+
+def _first_rows(pieces: list[Tensor], rows: int) -> list[Tensor]:
+    """The first `rows` of all pieces [B, C, h, W], piece by piece and not copied."""
+    taken: list[Tensor] = []
+    for piece in pieces:
+        part = piece[:, :, :rows]
+        rows -= part.shape[2]
+        taken += [part] if part.shape[2] else []
+    return taken
 
 
 def run_stream(

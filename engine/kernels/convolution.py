@@ -8,7 +8,8 @@ alike), with weights w0 w1 w2 and the original's rows ... p, x, n ... :
     row 2i + 1  reads x, x, n      (w0 + w1) x + w2 n
 
 Each of the four phases (even and odd rows, even and odd columns) of the result is thus a 2x2
-convolution of the original: 4/9 of the multiplications, and the doubled picture is never made. It
+convolution of the original: 4/9 of the multiplications, and the doubled picture is never made. Each
+is taken of the whole original, a row and a column too many, for its own window would be a copy. It
 is sub-pixel convolution (Shi et al. 2016, arXiv:1609.05158) read backwards; the same result up to
 rounding.
 """
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.kernels import pointwise
+from engine.kernels.fused import has_kernels
 from engine.kernels.layout import layout_of, room_for
 
 MAX_ELEMENTS = 2**31 - 1  # what 32-bit indices reach, in convolution kernels
@@ -81,18 +84,18 @@ def convolve_doubled(
     doubled = (2 * (rows - 2), 2 * width)
     if size not in (None, doubled) or (rows - 2) * width < _LEAST_PIXELS:
         return _convolve_doubled_plainly(x, weight, bias, size or doubled)
-    x, layout = F.pad(x, (1, 1)), layout_of(x)
-
-    def phase(row: int, column: int) -> Tensor:
-        window = x[:, :, row : row + rows - 1, column : column + width + 1]
-        weights = phase_weights(weight, row, column).contiguous(memory_format=layout)
-        return convolve_by_rows(window, weights, bias)
-
+    layout = layout_of(x)
+    # cuDNN's convolutions add no bias: torch would in a pass of its own.
+    early, late = (None, bias) if has_kernels(x) else (bias, None)
     out = torch.empty(
         (batch, len(weight), *doubled), dtype=x.dtype, device=x.device, memory_format=layout
     )
     for row, column in product((0, 1), repeat=2):
-        out[:, :, row::2, column::2] = phase(row, column)
+        weights = phase_weights(weight, row, column).contiguous(memory_format=layout)
+        # With a row and a column more than the phase has: its window of x would be a copy.
+        y = convolve_by_rows(x, weights, early, padding=(0, 1))
+        own = y[:, :, row : row + rows - 2, column : column + width]
+        pointwise.put(out[:, :, row::2, column::2], own, late)
     return out
 
 

@@ -57,9 +57,12 @@ def _token_stride(x: Tensor) -> int:
 # --- group norm -----------------------------------------------------------------------------------
 
 
-def tokens_of_moments(tokens: int) -> int:
-    """Tokens that one program sums up: a power of two, by nothing but the size of the picture."""
-    return min(2048, max(_ROWS, 1 << (tokens // 256).bit_length()))
+def tokens_of_moments(tokens: int, blocks: int) -> int:
+    """Tokens that one program sums up: a power of two, by nothing but the size of the picture.
+
+    Of a large one so that there are some 4096 programs, thirty for each multiprocessor of an H200.
+    """
+    return min(2048, max(_ROWS, 1 << (tokens * blocks // 8192).bit_length()))
 
 
 def plain_channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,8 +80,9 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
     batch, channels, height, width = x.shape
     size = height * width
-    of_program = tokens_of_moments(size)
-    splits, blocks = -(-size // of_program), -(-channels // _COLUMNS)
+    blocks = -(-channels // _COLUMNS)
+    of_program = tokens_of_moments(size, blocks)
+    splits = -(-size // of_program)
     partials = x.new_empty(batch, splits, 2, channels, dtype=torch.float32)
     with torch.cuda.device_of(x):
         norms_triton.channel_moments[(batch * splits * blocks,)](

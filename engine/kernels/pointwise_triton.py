@@ -1,4 +1,4 @@
-"""Pointwise passes for GPUs, in Triton: the two kernels that `engine.kernels.pointwise` launches.
+"""Pointwise passes for GPUs, in Triton: the kernels that `engine.kernels.pointwise` launches.
 
 Imported only where Triton is. Offsets are 64 bits and the whole grid is in the first dimension, as
 in `fused_triton`. Everything is fp32 between a load and a store.
@@ -38,3 +38,22 @@ def add(x, y, bias, size, channels, BIASED: tl.constexpr, BLOCK: tl.constexpr):
     if BIASED:
         total += tl.load(bias + place % channels, mask, 0.0).to(tl.float32)
     tl.store(x + place, total.to(x.dtype.element_ty), mask)
+
+
+@triton.jit
+def put(
+    out, y, bias, height, size, channels, blocks, out_batch, out_row, out_column, y_batch, y_row,
+    y_column, BIASED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = y + bias, BLOCK numbers of a row that has `size`, `channels` of each pixel."""
+    row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    picture, row = (row // height).to(tl.int64), (row % height).to(tl.int64)
+    place = block * BLOCK + tl.arange(0, BLOCK)
+    column, channel = (place // channels).to(tl.int64), place % channels
+    mask = place < size
+    y += picture * y_batch + row * y_row
+    value = tl.load(y + column * y_column + channel, mask, 0.0).to(tl.float32)
+    if BIASED:
+        value += tl.load(bias + channel, mask, 0.0).to(tl.float32)
+    out += picture * out_batch + row * out_row
+    tl.store(out + column * out_column + channel, value.to(out.dtype.element_ty), mask)
