@@ -8,6 +8,7 @@ saved stay as they are. What "fused" changes, and where:
     pictures             lie channels last, as tensor cores want them, and as tokens are anyway
     group norms          with SiLU in one pass, their sums in another (engine.kernels.norms)
     residual blocks      add biases and the time's shift where others read and write anyway
+    doubled pictures     are put together from their phases, with the bias, in one pass
     layer norms          one pass (engine.kernels.norms)
     linear attention     state and application in a pass each (engine.kernels.fused)
     feed-forwards        gate in one pass (engine.kernels.pointwise)
@@ -19,6 +20,7 @@ import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from engine.bands.boundary import Boundary
@@ -81,6 +83,8 @@ def choose_kernels(network: nn.Module, kernels: str) -> None:
     for module in network.modules():
         if type(module) is ResnetBlock2D and not is_usual(module):
             continue  # its layers are fused, one by one
+        if isinstance(module, Upsample2D):
+            module.fused = kernels == "fused"  # whatever class it is of
         if swapped := swaps.get(type(module)):
             module.__class__, changed = swapped, True
     layout = torch.channels_last if kernels == "fused" else torch.contiguous_format

@@ -10,13 +10,15 @@ from functools import partial
 
 import pytest
 import torch
+from diffusers.models.upsampling import Upsample2D
 from peft import LoraConfig
 from torch import nn
 from torch.nn import functional as F
 
 from engine import fuse, memory
 from engine.bands import DisplacedExchange, ExactExchange
-from engine.bands.layers import FusedGroupNorm, normalise_and_activate
+from engine.bands.chunks import ChunkedUpsample2D
+from engine.bands.layers import BandUpsample2D, FusedGroupNorm, normalise_and_activate
 from engine.config import UserError
 from engine.kernels import norms, pointwise
 from engine.kernels.fused import is_interpreted
@@ -335,6 +337,18 @@ def test_a_banded_unet_calls_the_kernels_and_is_the_plain_one(mode):
         assert error < 1e-5
         assert launched == twice
         assert is_same_traffic
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_doubled_picture_is_put_together_by_the_kernel(chunks):
+    layer, x, calls = Upsample2D(12, use_conv=True), last(noise(1, 12, 18, 50)), Calls()
+    expected, network = layer(x), nn.ModuleList([layer])
+    layer.__class__ = BandUpsample2D if chunks == 1 else ChunkedUpsample2D
+    layer.row_chunks = chunks
+    for kernels, launched in (("fused", {"put": 4 * chunks}), ("plain", {})):
+        fuse.choose_kernels(network, kernels)
+        assert relative_error(layer(x), expected.double()) < 1e-6
+        assert calls.taken() == launched
 
 
 LEAN = {

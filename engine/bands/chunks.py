@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.bands.context import banded, current_exchange
-from engine.bands.exchange import Exchange
+from engine.bands.exchange import Exchange, is_fused
 from engine.bands.layers import (
     BandUpsample2D,
     can_double,
@@ -258,7 +258,8 @@ class ChunkedUpsample2D(BandUpsample2D):
                 pieces.append(below)
             stop = min(2 * rows.stop, all_rows)
             shape = (stop - 2 * rows.start, columns)
-            y = convolve_doubled(join_rows(pieces, like=x), weight, bias, shape)
+            room = join_rows(pieces, like=x)
+            y = convolve_doubled(room, weight, bias, shape, is_fused(self))
             out = room_for(y, all_rows) if out is None else out
             out[:, :, 2 * rows.start : stop] = y
         assert out is not None

@@ -210,7 +210,7 @@ class ExactExchange(Exchange):
 
 
 def is_fused(layer: object) -> bool:
-    """Whether a norm is computed by kernels, where they can; see `engine.fuse`."""
+    """Whether a layer computes by kernels, where they can; see `engine.fuse`."""
     return getattr(layer, "fused", False)
 
 

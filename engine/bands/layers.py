@@ -107,7 +107,7 @@ class BandUpsample2D(Upsample2D):  # type: ignore[misc]
 
     def _double(self, exchange: Exchange, x: Tensor, size: tuple[int, int] | None) -> Tensor:
         rows = exchange.between(self.conv, x, (1, 1), 1)
-        return convolve_doubled(rows, self.conv.weight, self.conv.bias, size)
+        return convolve_doubled(rows, self.conv.weight, self.conv.bias, size, is_fused(self))
 
 
 def can_double(layer: Upsample2D) -> bool:

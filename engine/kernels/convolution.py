@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.kernels import pointwise
-from engine.kernels.fused import has_kernels
 from engine.kernels.layout import layout_of, room_for
 
 MAX_ELEMENTS = 2**31 - 1  # what 32-bit indices reach, in convolution kernels
@@ -67,7 +66,11 @@ _LEAST_PIXELS = 256  # of a picture whose phases cost less than folding the weig
 
 
 def convolve_doubled(
-    x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int] | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    size: tuple[int, int] | None = None,
+    fused: bool = False,
 ) -> Tensor:
     """The 3x3 convolution, zeros around it, of a picture doubled by nearest neighbours.
 
@@ -76,6 +79,8 @@ def convolve_doubled(
             ends.
         weight: [C', C, 3, 3]
         size: rows and columns of the result, where it ends a row or a column earlier than 2h, 2w.
+        fused: phases are put in their places by a kernel of `engine.kernels.pointwise`, where it
+            can, which adds the bias: cuDNN's convolutions add none, and torch in a pass of its own.
 
     Returns:
         [B, C', 2h, 2w], or as `size` says
@@ -84,9 +89,8 @@ def convolve_doubled(
     doubled = (2 * (rows - 2), 2 * width)
     if size not in (None, doubled) or (rows - 2) * width < _LEAST_PIXELS:
         return _convolve_doubled_plainly(x, weight, bias, size or doubled)
-    layout = layout_of(x)
-    # cuDNN's convolutions add no bias: torch would in a pass of its own.
-    early, late = (None, bias) if has_kernels(x) else (bias, None)
+    layout, put = layout_of(x), pointwise.put if fused else pointwise.plain_put
+    early, late = (None, bias) if fused else (bias, None)
     out = torch.empty(
         (batch, len(weight), *doubled), dtype=x.dtype, device=x.device, memory_format=layout
     )
@@ -95,7 +99,7 @@ def convolve_doubled(
         # With a row and a column more than the phase has: its window of x would be a copy.
         y = convolve_by_rows(x, weights, early, padding=(0, 1))
         own = y[:, :, row : row + rows - 2, column : column + width]
-        pointwise.put(out[:, :, row::2, column::2], own, late)
+        put(out[:, :, row::2, column::2], own, late)
     return out
 
 
