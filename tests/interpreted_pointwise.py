@@ -15,17 +15,18 @@ from peft import LoraConfig
 from torch import nn
 from torch.nn import functional as F
 
-from engine import fuse, memory
+from engine import codec, fuse, memory
 from engine.bands import DisplacedExchange, ExactExchange
 from engine.bands.chunks import ChunkedUpsample2D
 from engine.bands.layers import BandUpsample2D, FusedGroupNorm, normalise_and_activate
+from engine.codec import Streaming
 from engine.config import UserError
 from engine.kernels import norms, pointwise
 from engine.kernels.fused import is_interpreted
 from engine.kernels.norms import FusedLayerNorm
 from engine.kernels.pointwise import FusedGEGLU
 from engine.memory import MemoryOptions
-from tests.models import latent, tiny_unet
+from tests.models import latent, tiny_unet, tiny_vae
 from tests.ranks import run_ranks
 from tests.test_displaced import banded_unet
 from tests.test_linfusion import relative_error
@@ -349,6 +350,22 @@ def test_a_doubled_picture_is_put_together_by_the_kernel(chunks):
         fuse.choose_kernels(network, kernels)
         assert relative_error(layer(x), expected.double()) < 1e-6
         assert calls.taken() == launched
+
+
+def test_a_stream_calls_the_kernels_and_is_the_plain_one():
+    """Its norms write below rows that are carried, its shortcuts are added piece by piece."""
+    stream = Streaming(statistics_px=64, passes=1, chunk_rows=3)
+    vae, calls, z = tiny_vae(torch.float32), Calls(), latent(14, 8, batch=1).float()
+    pixels = codec.decode(vae, z, stream)[1].clamp(-1, 1)
+    encoded = codec.encode(vae, pixels, pixels.shape[2], stream)
+    assert calls.taken() == {}
+    fuse.choose_kernels(vae, "fused")
+    result = codec.decode(vae, z, stream)[1].clamp(-1, 1)
+    assert relative_error(result, pixels.double()) < 1e-5
+    assert calls.taken().keys() >= {"channel_moments", "group_norm", "add"}
+    result = codec.encode(vae, pixels, pixels.shape[2], stream)
+    assert relative_error(result, encoded.double()) < 1e-5
+    assert calls.taken().keys() >= {"channel_moments", "group_norm", "add"}
 
 
 LEAN = {

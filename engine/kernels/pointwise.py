@@ -112,7 +112,8 @@ def can_put(out: Tensor, y: Tensor) -> bool:
 def put(out: Tensor, y: Tensor, bias: Tensor | None = None) -> None:
     """`plain_put` in one pass where it `can_put`, of any strides from pixel to pixel."""
     if not can_put(out, y):
-        return plain_put(out, y, bias)
+        plain_put(out, y, bias)
+        return
     from engine.kernels import pointwise_triton
 
     batch, channels, height, width = y.shape
@@ -123,4 +124,3 @@ def put(out: Tensor, y: Tensor, bias: Tensor | None = None) -> None:
             *(view.stride(i) for view in (out, y) for i in (0, 2, 3)),
             BIASED=bias is not None, BLOCK=_BLOCK,
         )  # fmt: skip
-    return None
