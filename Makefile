@@ -24,7 +24,7 @@ test: $(READY)
 test-long: $(READY)
 	$(PYTEST) -m long
 
-# Every benchmark in small, ten minutes in all: benchmarks/results/REPORT.md.
+# Every benchmark in small, eleven minutes in all: benchmarks/results/REPORT.md.
 bench: $(READY)
 	$(BIN)/python -m benchmarks.report
 
